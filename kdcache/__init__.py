@@ -1,0 +1,32 @@
+"""kdcache: run the frozen networks of a distillation once, then train students from the cache.
+
+`import kdcache` is light: neither torch nor ONNX Runtime is imported until a stage needs them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from kdcache.cache.reader import Cache
+
+
+def open(path: str | Path) -> Cache:
+    """Open a cache read-only; needs neither torch nor ONNX Runtime.
+
+    Raises CacheError when there is no cache at `path`, it is damaged, or its format is newer.
+    """
+    from kdcache.cache.reader import Cache
+
+    return Cache(path)
+
+
+def __getattr__(name: str) -> Any:
+    """`kdcache.train` after a plain `import kdcache`, without importing torch before it is asked for."""
+    if name in ("train", "cache", "precompute"):
+        return importlib.import_module(f"kdcache.{name}")
+    raise AttributeError(f"module 'kdcache' has no attribute {name!r}")

@@ -1,0 +1,48 @@
+"""What a cache holds and what it costs, from its manifest and commit records alone."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any
+
+from kdcache.cache.format import IMAGE, LOGITS, MASK, read_skipped
+from kdcache.cache.reader import Cache
+
+
+def describe(cache: Cache) -> dict[str, Any]:
+    """Rows, samples, bytes on disk by part, and the ratio of each tap against float32."""
+    stored: Counter[str] = Counter()
+    for commit in cache.commits:
+        for path, record in commit.objects.items():
+            stored[path] += record.size_bytes
+    features = {
+        tap.name: sum(stored[spec.path] for spec in tap.arrays()) for tap in cache.manifest.taps
+    }
+    total = sum(stored.values())
+    return {
+        "path": str(cache.path),
+        "rows": len(cache),
+        "rows_by_split": dict(sorted(Counter(key.split for key in cache.keys).items())),
+        "samples": len(cache.samples),
+        "size_px": cache.manifest.size_px,
+        "taps": {
+            tap.name: {"shape": list(tap.shape), "precision": tap.precision}
+            for tap in cache.manifest.taps
+        },
+        "shards": len(cache.commits),
+        "bytes": {
+            **{part: stored[part] for part in (IMAGE, MASK, LOGITS)},
+            "features": features,
+            "total": total,
+        },
+        "bytes_per_row": total / len(cache) if len(cache) else None,
+        "features_ratio_vs_float32": {
+            tap.name: 4 * math.prod(tap.shape) * len(cache) / features[tap.name]
+            for tap in cache.manifest.taps
+            if features[tap.name]
+        },
+        "skipped": read_skipped(cache.path),
+        "fingerprint": dict(cache.manifest.fingerprint),
+        "versions": dict(cache.manifest.versions),
+    }

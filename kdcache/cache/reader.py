@@ -1,0 +1,165 @@
+"""Reading a cache: rows by logical number, every chunk checked against its commit record."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdcache.cache import codecs
+from kdcache.cache.format import (
+    IMAGE,
+    LOGITS,
+    MASK,
+    ROWS,
+    Commit,
+    Manifest,
+    RowKey,
+    TapSpec,
+    parse_row,
+    read_commits,
+    read_manifest,
+)
+from kdcache.cache.shard import DamagedError, decode_chunk, read_chunk
+from kdcache.errors import CacheError, nearest
+
+
+class Cache:
+    """A cache opened read-only: a sequence of rows, numbered by the commit records.
+
+    Holds no open files, so it may be pickled, forked and shared between threads. It shows the
+    rows committed when it was opened, or those of the given `shards` only.
+    """
+
+    def __init__(self, path: str | Path, shards: Sequence[int] | None = None) -> None:
+        if "://" in str(path):
+            raise CacheError(f"{path}: caches at URLs are not supported; copy it to a local folder")
+        self.path = Path(path)
+        self.manifest: Manifest = read_manifest(self.path)
+        commits = read_commits(self.path)
+        if shards is not None:
+            wanted = set(shards)
+            commits = [commit for commit in commits if commit.shard in wanted]
+            if missing := wanted - {commit.shard for commit in commits}:
+                raise CacheError(f"{path} has lost the commit records of shards {sorted(missing)}")
+        self.commits: list[Commit] = commits
+        self.keys: list[RowKey] = [key for commit in commits for key in commit.keys]
+        self._places = [
+            (c, slot) for c, commit in enumerate(commits) for slot in range(len(commit.keys))
+        ]
+        self._specs = {spec.path: spec for spec in self.manifest.arrays()}
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, index: int) -> Row:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"row {index} of a cache of {len(self)} rows")
+        return Row(self, index % len(self))
+
+    def __iter__(self) -> Iterator[Row]:
+        return (Row(self, index) for index in range(len(self)))
+
+    @property
+    def taps(self) -> list[str]:
+        """Names of the tapped tensors."""
+        return [tap.name for tap in self.manifest.taps]
+
+    @property
+    def samples(self) -> list[str]:
+        """Sample ids, each once, in row order."""
+        return list(dict.fromkeys(key.sample_id for key in self.keys))
+
+    def tap(self, name: str) -> TapSpec:
+        """How a tap is stored; raises CacheError naming the nearest taps when there is none."""
+        for tap in self.manifest.taps:
+            if tap.name == name:
+                return tap
+        raise CacheError(f"{self.path} has no tap {name!r}; it has {nearest(name, self.taps)}")
+
+    def rows_of(self, split: str) -> list[int]:
+        """Row numbers of a split."""
+        return [index for index, key in enumerate(self.keys) if key.split == split]
+
+    def read(self, index: int, array: str) -> NDArray[np.generic]:
+        """One row of one array as stored (codes stay codes). Read-only memory.
+
+        Raises CacheError when the bytes are not the ones that were committed.
+        """
+        place, slot = self._places[index]
+        commit, spec = self.commits[place], self._specs[array]
+        path = self.path / spec.shard_path(commit.shard)
+        try:
+            record = commit.objects[array]
+            stored = read_chunk(path, slot, self.manifest.shard_rows, record.size_bytes)
+            return decode_chunk(stored, record.chunk_crc32c[slot], spec.dtype, spec.row_shape)
+        except (DamagedError, OSError, KeyError) as error:
+            raise CacheError(
+                f"{path}: cannot read row {index} ({self.keys[index].sample_id}): {error}; the file "
+                "was damaged or replaced after it was committed: restore it from a backup, or "
+                f"delete {self.path / 'commits' / f'{commit.shard:06d}'} and run extract again"
+            ) from error
+
+    def decode_features(self, index: int, tap: TapSpec) -> NDArray[np.float32]:
+        """The (C, h, w) float32 feature map of one row and tap."""
+        arrays = {spec.path.rsplit("/", 1)[1]: self.read(index, spec.path) for spec in tap.arrays()}
+        return codecs.decode(arrays, tap.precision)
+
+
+class Row:
+    """One row; each part is read when it is first asked for."""
+
+    def __init__(self, cache: Cache, index: int) -> None:
+        self._cache = cache
+        self._index = index
+        self.split, self.sample_id, self.view = cache.keys[index]
+
+    def __repr__(self) -> str:
+        return f"Row({self._index}: {self.split} {self.sample_id} view {self.view})"
+
+    @cached_property
+    def image(self) -> NDArray[np.generic]:
+        """(H, W, 3) uint8 RGB, the pixels both frozen models saw."""
+        return self._cache.read(self._index, IMAGE)
+
+    @cached_property
+    def mask(self) -> NDArray[np.generic]:
+        """(H, W) uint8: 0 background, 1 person, 254 padding, 255 ignore."""
+        return self._cache.read(self._index, MASK)
+
+    @cached_property
+    def teacher_logits(self) -> NDArray[np.generic]:
+        """(H, W) float16, or float32 in a cache of precision float32."""
+        return self._cache.read(self._index, LOGITS)
+
+    @cached_property
+    def details(self) -> dict[str, Any]:
+        """The row's key, source file size and digest, and where the source lies in the input."""
+        return parse_row(self._cache.read(self._index, ROWS))
+
+    @cached_property
+    def features(self) -> Mapping[str, NDArray[np.float32]]:
+        """Tap name to (C, h, w) float32, decoded on access."""
+        return _Features(self._cache, self._index)
+
+
+class _Features(Mapping[str, NDArray[np.float32]]):
+    def __init__(self, cache: Cache, index: int) -> None:
+        self._cache = cache
+        self._index = index
+
+    def __getitem__(self, tap: str) -> NDArray[np.float32]:
+        return self._cache.decode_features(self._index, self._cache.tap(tap))
+
+    def __contains__(self, tap: object) -> bool:
+        return tap in self._cache.taps
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._cache.taps)
+
+    def __len__(self) -> int:
+        return len(self._cache.taps)

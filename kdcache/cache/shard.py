@@ -1,0 +1,140 @@
+"""One shard file: Zarr v3's `sharding_indexed` codec with `bytes, zstd, crc32c` inside.
+
+Layout: the chunks one after another, then per slot its offset and length (little-endian uint64),
+then the CRC-32C of that index. A slot without a chunk has offset = length = 2^64 − 1.
+Written here rather than through zarr-python so that rows stream to disk one at a time and every
+byte is digested on its way; zarr-python reads the result (tests hold that).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import struct
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+from numcodecs.zstd import Zstd
+from numpy.typing import DTypeLike, NDArray
+
+from kdcache.durable import TEMPORARY_SUFFIX, fsync
+
+_EMPTY = 2**64 - 1
+_CRC_BYTES = 4
+# zstd's own checksum too: some Zarr readers verify it but not the chunk's CRC-32C.
+_ZSTD = Zstd(level=1, checksum=True)
+
+
+class DamagedError(Exception):
+    """Bytes that fail a check; the reader turns it into a CacheError that names the row."""
+
+
+def encode_chunk(array: NDArray[np.generic]) -> tuple[bytes, int]:
+    """One row of one array as stored bytes, and the CRC-32C of its compressed part."""
+    compressed = bytes(_ZSTD.encode(np.ascontiguousarray(array)))
+    crc = google_crc32c.value(compressed)
+    return compressed + struct.pack("<I", crc), crc
+
+
+def decode_chunk(
+    stored: bytes, crc: int, dtype: DTypeLike, shape: tuple[int, ...]
+) -> NDArray[np.generic]:
+    """The row's array; raises DamagedError unless the bytes are those whose `crc` was committed."""
+    if len(stored) < _CRC_BYTES:
+        raise DamagedError("chunk is shorter than its checksum")
+    compressed = stored[:-_CRC_BYTES]
+    if not (google_crc32c.value(compressed) == crc == struct.unpack("<I", stored[-4:])[0]):
+        raise DamagedError("checksum of the chunk differs from the committed one")
+    try:
+        raw = _ZSTD.decode(compressed)
+    except (RuntimeError, ValueError) as error:
+        raise DamagedError(f"chunk does not decompress: {error}") from error
+    array = np.frombuffer(raw, dtype)
+    if array.size != math.prod(shape):
+        raise DamagedError(f"chunk holds {array.size} values, {math.prod(shape)} expected")
+    return array.reshape(shape)
+
+
+def decode_index(tail: bytes, slots: int) -> NDArray[np.uint64]:
+    """The (slots, 2) offsets and lengths from the last `index_bytes(slots)` bytes of a shard."""
+    index, crc = tail[:-_CRC_BYTES], tail[-_CRC_BYTES:]
+    if len(tail) != index_bytes(slots) or google_crc32c.value(index) != struct.unpack("<I", crc)[0]:
+        raise DamagedError("shard index is damaged")
+    return np.frombuffer(index, "<u8").reshape(slots, 2)
+
+
+def index_bytes(slots: int) -> int:
+    """Size of the index at the end of a shard file."""
+    return slots * 16 + _CRC_BYTES
+
+
+def read_chunk(path: Path, slot: int, slots: int, size_bytes: int) -> bytes:
+    """The stored bytes of one slot; `size_bytes` is the file's committed size."""
+    with open(path, "rb", buffering=0) as file:
+        descriptor = file.fileno()
+        found = os.fstat(descriptor).st_size
+        if found != size_bytes:
+            raise DamagedError(f"file has {found} bytes, {size_bytes} were committed")
+        tail_bytes = index_bytes(slots)
+        index = decode_index(os.pread(descriptor, tail_bytes, found - tail_bytes), slots)
+        offset, length = (int(value) for value in index[slot])
+        if offset == _EMPTY or offset + length > found:
+            raise DamagedError(f"slot {slot} of the shard holds no row")
+        return os.pread(descriptor, length, offset)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectRecord:
+    """What a commit says about one shard file."""
+
+    size_bytes: int
+    sha256: str
+    chunk_crc32c: list[int]
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class ShardFile:
+    """A shard file being written: rows stream into a temporary file, `finish` gives it its name."""
+
+    def __init__(self, path: Path, slots: int) -> None:
+        self._path = path
+        self._temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+        self._slots = slots
+        self._index: list[tuple[int, int]] = []
+        self._crcs: list[int] = []
+        self._offset = 0
+        self._digest = hashlib.sha256()
+        self._file = open(self._temporary, "wb")  # noqa: SIM115 - closed by finish or abandon
+
+    def append(self, array: NDArray[np.generic]) -> None:
+        stored, crc = encode_chunk(array)
+        self._index.append((self._offset, len(stored)))
+        self._crcs.append(crc)
+        self._write(stored)
+
+    def finish(self) -> ObjectRecord:
+        """Write the index and make the file durable under its own name."""
+        empty = [(_EMPTY, _EMPTY)] * (self._slots - len(self._index))
+        index = np.array(self._index + empty, "<u8").tobytes()
+        self._write(index + struct.pack("<I", google_crc32c.value(index)))
+        self._file.close()
+        fsync(self._temporary)
+        os.replace(self._temporary, self._path)
+        return ObjectRecord(
+            size_bytes=self._offset, sha256=self._digest.hexdigest(), chunk_crc32c=self._crcs
+        )
+
+    def abandon(self) -> None:
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+    def _write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._digest.update(data)
+        self._offset += len(data)

@@ -1,0 +1,252 @@
+"""Writing a cache: whole shards, data before the commit record, one writer at a time."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.codecs import Crc32cCodec, ZstdCodec
+from zarr.storage import MemoryStore
+
+from kdcache.cache.format import (
+    COMMIT,
+    MANIFEST,
+    SKIPPED,
+    ArraySpec,
+    Commit,
+    Manifest,
+    RowKey,
+    commit_path,
+    group_document,
+    read_commits,
+    read_manifest,
+)
+from kdcache.cache.shard import ShardFile
+from kdcache.durable import TEMPORARY_SUFFIX, fsync, write_atomic
+from kdcache.errors import CacheError, FingerprintError
+
+log = logging.getLogger(__name__)
+
+
+class CacheWriter:
+    """Appends rows to a new or existing cache; a context manager.
+
+    Rows go to disk as they come; a full shard is committed, and so is the last one when the
+    block ends well or is interrupted from the keyboard. Any other exception drops the rows of
+    the open shard; whatever was committed stays. Raises FingerprintError when the cache was
+    made in another way, CacheError when another writer has it open.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self._path = path
+        self._manifest = manifest
+        self._specs = manifest.arrays()
+        self._keys: list[RowKey] = []
+        self._files: dict[str, ShardFile] = {}
+        self._torn = False  # a row reached some arrays only: the open shard must not be committed
+        if path.exists():
+            _check_same(path, read_manifest(path), manifest)
+        else:
+            _create(path, manifest)
+        self._lock = _lock(path)
+        commits = read_commits(path)
+        self.committed: set[RowKey] = {key for commit in commits for key in commit.keys}
+        self._shard = max((commit.shard + 1 for commit in commits), default=0)
+        self._rows_declared = self._shard * manifest.shard_rows
+        self._sweep({commit.shard for commit in commits})
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            if (kind is None or issubclass(kind, KeyboardInterrupt)) and not self._torn:
+                self.commit()
+        finally:
+            for file in self._files.values():
+                file.abandon()
+            os.close(self._lock)
+
+    def append(self, key: RowKey, arrays: Mapping[str, NDArray[np.generic]]) -> None:
+        """Add one row, given as array path to values; commits when the shard is full.
+
+        A row of another split than the open shard's starts a new shard, so that a split can be
+        copied or dropped by whole files.
+        """
+        if key in self.committed or key in self._keys:
+            raise CacheError(f"row {tuple(key)} is in {self._path} already")
+        if self._keys and self._keys[-1].split != key.split:
+            self.commit()
+        self._check_row(key, arrays)
+        self._refuse_torn()
+        self._torn = True
+        if not self._files:
+            self._open_shard()
+        for spec in self._specs:
+            self._files[spec.path].append(arrays[spec.path])
+        self._keys.append(key)
+        self._torn = False
+        if len(self._keys) == self._manifest.shard_rows:
+            self.commit()
+
+    def commit(self) -> None:
+        """Make the rows of the open shard durable: files, array sizes, then the commit record."""
+        self._refuse_torn()
+        if not self._keys:
+            return
+        self._torn = True
+        self._declare_rows((self._shard + 1) * self._manifest.shard_rows)
+        objects = {path: file.finish() for path, file in self._files.items()}
+        for spec in self._specs:
+            fsync(self._path / spec.path)
+        record = Commit(shard=self._shard, keys=tuple(self._keys), objects=objects)
+        target = commit_path(self._path, self._shard)
+        target.parent.mkdir(exist_ok=True)
+        write_atomic(target, group_document({COMMIT: record.as_json()}))
+        fsync(target.parent.parent)
+        self.committed.update(self._keys)
+        self._keys, self._files = [], {}
+        self._shard += 1
+        self._torn = False
+
+    def expect(self, rows: int) -> None:
+        """Declare room for so many further rows at once, instead of growing shard by shard."""
+        shard_rows = self._manifest.shard_rows
+        self._declare_rows((self._shard + -(-rows // shard_rows)) * shard_rows)
+
+    def record_skipped(self, reasons: Mapping[str, str]) -> None:
+        """Store which images had to be left out and why, in place of the last list."""
+        folder = self._path / "skipped"
+        folder.mkdir(exist_ok=True)
+        write_atomic(folder / "zarr.json", group_document({SKIPPED: dict(reasons)}))
+
+    def _refuse_torn(self) -> None:
+        if self._torn:
+            raise CacheError(
+                f"{self._path}: an earlier write failed; run again to write those rows"
+            )
+
+    def _check_row(self, key: RowKey, arrays: Mapping[str, NDArray[np.generic]]) -> None:
+        for spec in self._specs:
+            array = arrays[spec.path]
+            if (array.shape, array.dtype) != (spec.row_shape, np.dtype(spec.dtype)):
+                raise CacheError(
+                    f"{key.sample_id}: {spec.path} is {array.dtype} {array.shape}, the cache holds "
+                    f"{spec.dtype} {spec.row_shape}"
+                )
+
+    def _open_shard(self) -> None:
+        for spec in self._specs:
+            path = self._path / spec.shard_path(self._shard)
+            self._files[spec.path] = ShardFile(path, self._manifest.shard_rows)
+
+    def _declare_rows(self, rows: int) -> None:
+        if rows <= self._rows_declared:
+            return
+        for spec in self._specs:
+            path = self._path / spec.path / "zarr.json"
+            document = json.loads(path.read_bytes())
+            if document["shape"][0] < rows:  # never shrink: old rows would come back on growing
+                document["shape"][0] = rows
+                write_atomic(path, json.dumps(document, indent=1).encode())
+        self._rows_declared = rows
+
+    def _sweep(self, committed: set[int]) -> None:
+        """Remove what a killed writer left: temporary files, and shards without a commit record."""
+        for folder in [self._path, *(self._path / spec.path for spec in self._specs)]:
+            for file in folder.iterdir():
+                shard = file.name.split(".")[1] if file.name.startswith("c.") else ""
+                if file.name.endswith(TEMPORARY_SUFFIX) or (
+                    shard.isdigit() and int(shard) not in committed
+                ):
+                    file.unlink()
+        for folder in (self._path / "commits").iterdir():
+            if folder.is_dir() and not (folder / "zarr.json").exists():
+                shutil.rmtree(folder)
+
+
+def _create(path: Path, manifest: Manifest) -> None:
+    """Lay out an empty cache beside `path` and give it its name when it is complete."""
+    staging = path.with_name(path.name + TEMPORARY_SUFFIX)
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    for spec in manifest.arrays():
+        folder = staging / spec.path
+        folder.mkdir(parents=True)
+        (folder / "zarr.json").write_bytes(_array_document(spec, manifest.shard_rows))
+    groups: dict[str, dict[str, Any]] = {"commits": {}, "features": {}}
+    groups[""] = {MANIFEST: manifest.as_json()}
+    for tap in manifest.as_json()["taps"]:
+        groups[tap["folder"]] = tap
+    for name, attributes in groups.items():
+        (staging / name).mkdir(exist_ok=True)
+        (staging / name / "zarr.json").write_bytes(group_document(attributes))
+    os.replace(staging, path)
+    fsync(path.parent)
+
+
+def _array_document(spec: ArraySpec, shard_rows: int) -> bytes:
+    """The zarr.json of an array without rows, in zarr-python's own words."""
+    store = MemoryStore()
+    zarr.create_array(
+        store,
+        shape=(0, *spec.row_shape),
+        chunks=(1, *spec.row_shape),
+        shards=(shard_rows, *spec.row_shape),
+        dtype=spec.dtype,
+        fill_value=spec.fill_value,
+        filters=None,
+        compressors=[ZstdCodec(level=1, checksum=True), Crc32cCodec()],
+        # "." keeps a shard one file in the array's folder; "/" makes two folders a file
+        chunk_key_encoding={"name": "default", "separator": "."},
+        dimension_names=spec.dimensions,
+    )
+    return store._store_dict["zarr.json"].to_bytes()
+
+
+def _lock(path: Path) -> int:
+    """An exclusive lock on the cache's folder, held until the descriptor is closed or we die."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        raise CacheError(
+            f"{path} is being written by another process; wait for it or stop it, then run again"
+        ) from error
+    return descriptor
+
+
+def _check_same(path: Path, found: Manifest, asked: Manifest) -> None:
+    """Refuse to mix rows made in two ways; a change of library versions is only worth a warning."""
+    for field in sorted(found.fingerprint.keys() | asked.fingerprint.keys()):
+        old, new = found.fingerprint.get(field), asked.fingerprint.get(field)
+        if old != new:
+            raise FingerprintError(
+                f"{path} was extracted with {field} = {old}, now {new} was asked for; "
+                "use another --out, or the settings and files the cache was made with"
+            )
+    if (found.arrays(), found.shard_rows) != (asked.arrays(), asked.shard_rows):
+        raise FingerprintError(
+            f"{path} has other arrays or shards ({found.shard_rows} rows a shard) than asked for "
+            f"({asked.shard_rows}); use another --out"
+        )
+    for library in sorted(found.versions.keys() & asked.versions.keys()):
+        old, new = found.versions[library], asked.versions[library]
+        if old != new:
+            log.warning("the cache was made with %s %s, this is %s", library, old, new)

@@ -1,0 +1,297 @@
+"""The `kdcache` command: parses, calls one function, prints. Heavy imports stay inside commands."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from kdcache import __version__
+from kdcache.errors import KdcacheError
+
+EXIT_FAILED, EXIT_SKIPPED = 1, 3
+
+Command = Callable[..., Any]
+
+
+class _Group(click.Group):
+    """Catches every KdcacheError once: its message on stderr, exit status 1."""
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except KdcacheError as error:
+            click.echo(f"error: {error}", err=True)
+            context.exit(EXIT_FAILED)
+        except KeyboardInterrupt:
+            click.echo(
+                "stopped; what is committed stays: the same command (train: with --resume) goes on",
+                err=True,
+            )
+            context.exit(EXIT_FAILED)
+
+
+def _example(*lines: str) -> str:
+    return "\b\nExample:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+@click.group(
+    cls=_Group,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog=_example("kdcache demo"),
+)
+@click.version_option(__version__, "-V", "--version")
+def main() -> None:
+    """Distil once, train many times.
+
+    `extract` runs the frozen networks over a dataset and stores what a student needs in a cache;
+    `train` uses the cache alone.
+    """
+    _log_to_stderr()
+
+
+def _log_to_stderr() -> None:
+    """Warnings always, the course of things only for a person who watches."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("kdcache")
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.INFO if sys.stderr.isatty() else logging.WARNING)
+
+
+def _option(*names: str, **attributes: Any) -> Callable[[Command], Command]:
+    return click.option(*names, **attributes)
+
+
+def _config_options(command: Command) -> Command:
+    config = _option("--config", metavar="NAME|FILE", help="Named config or TOML file.")
+    assignments = _option(
+        "--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Set any setting."
+    )
+    return config(assignments(command))
+
+
+_json_option = _option("--json", "as_json", is_flag=True, help="Print JSON.")
+_device_option = _option(
+    "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."
+)
+_cache_argument = click.argument("cache", type=click.Path(path_type=Path))
+_run_argument = click.argument("run", type=click.Path(path_type=Path))
+_path = click.Path(path_type=Path)
+
+
+def _with_logging_above_bars(command: Command) -> Command:
+    """Log lines must not tear a progress bar."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        from tqdm.contrib.logging import logging_redirect_tqdm
+
+        with logging_redirect_tqdm([logging.getLogger("kdcache")]):
+            return command(*args, **kwargs)
+
+    return wrapped
+
+
+@main.command("demo", epilog=_example("kdcache demo --out demo", "kdcache info demo/cache.zarr"))
+@_option("--out", type=_path, default=Path("demo"), show_default=True, help="Folder to work in.")
+@_json_option
+@_with_logging_above_bars
+def demo_command(out: Path, as_json: bool) -> None:
+    """Run the whole pipeline on stand-in models and drawn scenes (about a minute on 2 cores)."""
+    from kdcache.demo import demo
+    from kdcache.report import demo_text
+
+    report = demo(out, progress=True)
+    _print(report, as_json, demo_text)
+
+
+@main.command(
+    epilog=_example(
+        "kdcache extract --images val2017 --coco instances_val2017.json --val-fraction 0.1 \\",
+        "    --yolo yolov9_e.onnx --teacher 2020-09-23a.pth --out coco.zarr",
+    )
+)
+@_option("--images", type=_path, required=True, help="Folder of images.")
+@_option("--masks", type=_path, help="Folder of masks, paired by stem.")
+@_option("--coco", type=_path, help="COCO instances JSON.")
+@_option("--all-images", is_flag=True, help="COCO: also images without a person.")
+@_option("--yolo", "yolo_onnx_path", type=_path, help="The frozen detector, an ONNX file.")
+@_option("--teacher", "teacher_checkpoint", type=_path, help="The frozen teacher: .pth or .onnx.")
+@_option("--out", type=_path, required=True, help="Cache to write, or to resume or append to.")
+@_option("--tap", "yolo_target_layer", metavar="NAME", help="Tensor of the detector to store.")
+@_option(
+    "--yolo-input",
+    type=click.Choice(["rgb01", "bgr01", "rgb255", "bgr255"]),
+    help="Channel order and range the detector expects (rgb01).",
+)
+@_option("--size", type=int, metavar="PX", help="Side of the model input (640).")
+@_option("--resize", type=click.Choice(["stretch", "letterbox"]), help="How images are fitted.")
+@_option(
+    "--precision",
+    type=click.Choice(["float32", "float16", "int8"]),
+    help="How features are stored (int8).",
+)
+@_option("--split", default="train", show_default=True, type=click.Choice(["train", "val"]))
+@_option("--val-fraction", type=float, metavar="F", help="Share of images put into val, by hash.")
+@_option("--limit", type=click.IntRange(1), metavar="N", help="Only the first N images.")
+@_option("--batch-size", type=click.IntRange(1), help="Images a model call (CPU 1, GPU 8).")
+@_option(
+    "--device",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "cpu", "cuda", "tensorrt"]),
+)
+@_option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Decode threads.")
+@_option("--strict", is_flag=True, help="Stop at the first image that cannot be used.")
+@_config_options
+@_json_option
+@_with_logging_above_bars
+def extract(
+    images: Path,
+    masks: Path | None,
+    coco: Path | None,
+    all_images: bool,
+    out: Path,
+    split: str,
+    limit: int | None,
+    batch_size: int | None,
+    device: Any,
+    workers: int,
+    strict: bool,
+    config: str | None,
+    assignments: tuple[str, ...],
+    as_json: bool,
+    **flags: Any,
+) -> None:
+    """Run both frozen models over a dataset, once, into a cache.
+
+    Run again to resume, or to append new images; exit status 3 when some images were skipped.
+    """
+    from kdcache.config import ExtractConfig, load
+
+    if (masks is None) == (coco is None):
+        raise click.UsageError("give --masks DIR or --coco FILE, one of them")
+    settings = load(ExtractConfig, config, assignments, flags)
+    from kdcache.precompute import dataset
+    from kdcache.precompute import extract as engine
+    from kdcache.report import extract_text
+
+    data = (
+        dataset.coco_dataset(images, coco, all_images)
+        if coco is not None
+        else dataset.folder_dataset(images, masks or Path())
+    )
+    report = engine.extract(
+        settings,
+        data,
+        out,
+        split=split,
+        device=device,
+        batch_size=batch_size,
+        workers=workers,
+        limit=limit,
+        strict=strict,
+        progress=True,
+    )
+    _print(report, as_json, extract_text)
+    if report.skipped:
+        sys.exit(EXIT_SKIPPED)
+
+
+@main.command(epilog=_example("kdcache info coco.zarr"))
+@_cache_argument
+@_json_option
+def info(cache: Path, as_json: bool) -> None:
+    """Show what a cache holds and what it costs."""
+    import kdcache
+    from kdcache.cache.info import describe
+    from kdcache.report import info_text
+
+    _print(describe(kdcache.open(cache)), as_json, info_text)
+
+
+@main.command(
+    epilog=_example(
+        "kdcache train coco.zarr --out runs/first --epochs 50 --batch-size 4",
+        "kdcache train coco.zarr --out runs/first --resume",
+    )
+)
+@_cache_argument
+@_option("--out", type=_path, required=True, help="Run folder to write.")
+@_option("--resume", is_flag=True, help="Go on with the run in --out, with its settings.")
+@_option("--epochs", type=int, help="Passes over the training rows (50).")
+@_option("--batch-size", type=int, help="Rows a step (4).")
+@_option("--feature-weight", type=float, help="Weight of the feature loss (0.5).")
+@_option("--mixed-precision/--no-mixed-precision", default=None, help="Autocast the networks.")
+@_option("--seed", type=int, help="Seed of weights and order (0).")
+@_option("--encoder-weights", metavar="FILE|imagenet|random", help="Student encoder's weights.")
+@_device_option
+@_config_options
+@_json_option
+@_with_logging_above_bars
+def train(
+    cache: Path,
+    out: Path,
+    resume: bool,
+    device: str,
+    config: str | None,
+    assignments: tuple[str, ...],
+    as_json: bool,
+    **flags: Any,
+) -> None:
+    """Train a student from a cache; neither frozen model is needed."""
+    from kdcache.config import TrainConfig, load
+    from kdcache.report import train_text
+
+    if resume and config is None and (out / "config.toml").exists():
+        config = str(out / "config.toml")
+    settings = load(TrainConfig, config, assignments, flags)
+    from kdcache.train import loop
+
+    report = loop.train(cache, out, settings, device=device, resume=resume, progress=True)
+    _print(report, as_json, train_text)
+
+
+@main.command(epilog=_example("kdcache evaluate runs/first coco.zarr"))
+@_run_argument
+@_cache_argument
+@_option("--split", default="val", show_default=True, type=click.Choice(["train", "val"]))
+@_device_option
+@_json_option
+def evaluate(run: Path, cache: Path, split: str, device: str, as_json: bool) -> None:
+    """Score a run's best student against the masks and the teacher."""
+    import kdcache
+    from kdcache.report import evaluate_text
+    from kdcache.train.evaluate import evaluate as score_run
+
+    _print(score_run(run, kdcache.open(cache), split, device), as_json, evaluate_text)
+
+
+@main.command(epilog=_example("kdcache export runs/first --out student.onnx"))
+@_run_argument
+@_option("--out", type=_path, required=True, help="ONNX file to write.")
+@_json_option
+def export(run: Path, out: Path, as_json: bool) -> None:
+    """Export a run's best student to ONNX, checked against PyTorch in ONNX Runtime."""
+    from kdcache.report import export_text
+    from kdcache.train.export import export as export_run
+
+    _print(export_run(run, out), as_json, export_text)
+
+
+def _print(report: Any, as_json: bool, as_text: Callable[[Any], str]) -> None:
+    click.echo(_json(report) if as_json else as_text(report))
+
+
+def _json(report: Any) -> str:
+    import dataclasses
+
+    values = report if isinstance(report, Mapping) else dataclasses.asdict(report)
+    return json.dumps(values, indent=1, default=str, ensure_ascii=False)

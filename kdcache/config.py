@@ -1,0 +1,179 @@
+"""Typed settings of both stages, from a named config or TOML file, `--set key=value` and flags.
+
+One flat file may hold the settings of both stages; each stage reads its own. A key that neither
+stage knows is refused with the nearest known name.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from kdcache.errors import ConfigError, nearest
+
+DEFAULT_CONFIG = "rgb_unet_yolo_feature_distillation_b0_from_b3"
+
+# A named config holds what differs from the field defaults below, which are the design document's.
+NAMED_CONFIGS: dict[str, dict[str, Any]] = {DEFAULT_CONFIG: {}}
+
+# UNets halve the input five times, so a side must be a multiple of 2^5.
+SIZE_MULTIPLE_PX = 32
+
+Precision = Literal["float32", "float16", "int8"]
+YoloInput = Literal["rgb01", "bgr01", "rgb255", "bgr255"]
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class ExtractConfig(_Settings):
+    """What decides the content of a cache. Paths, device, batch and worker counts do not belong here."""
+
+    yolo_onnx_path: Path | None = Field(None, description="the YOLO detector, an ONNX file")
+    yolo_target_layer: str = Field(
+        "segmentation_model_34_Concat_output_0", description="the tensor to tap in its graph"
+    )
+    yolo_input: YoloInput = Field(
+        "rgb01", description="channel order and range the detector expects"
+    )
+    teacher_checkpoint: Path | None = Field(
+        None, description="the teacher: an smp checkpoint (.pth .ckpt .safetensors) or an .onnx"
+    )
+    teacher_encoder: str = Field(
+        "timm-efficientnet-b3", description="smp encoder of a teacher checkpoint"
+    )
+    size: int = Field(640, gt=0, description="side of the square model input, px")
+    resize: Literal["stretch", "letterbox"] = Field(
+        "stretch", description="how an image of another shape is fitted"
+    )
+    precision: Precision = Field("int8", description="how features are stored")
+    shard_rows: int = Field(32, ge=1, le=4096, description="rows written and committed together")
+    val_fraction: float = Field(
+        0.0, ge=0, lt=1, description="share of the images, chosen by hash of their id, for val"
+    )
+    seed: int = Field(0, ge=0, description="seed of the val choice")
+
+    @field_validator("size")
+    @classmethod
+    def _size_is_a_multiple(cls, size: int) -> int:
+        if size % SIZE_MULTIPLE_PX:
+            below = size // SIZE_MULTIPLE_PX * SIZE_MULTIPLE_PX
+            offers = " or ".join(str(s) for s in (below, below + SIZE_MULTIPLE_PX) if s)
+            raise ValueError(
+                f"not a multiple of {SIZE_MULTIPLE_PX}, which the UNets need; use {offers}"
+            )
+        return size
+
+
+class TrainConfig(_Settings):
+    """What decides the result of a training run, given a cache."""
+
+    student_encoder: str = Field("timm-efficientnet-b0", description="smp encoder of the student")
+    encoder_weights: str = Field(
+        "imagenet", description="a weights file, `imagenet` (hub) or `random`"
+    )
+    projection_hidden_dim: int = Field(768, ge=1, description="channels inside the projection")
+    epochs: int = Field(50, ge=1)
+    batch_size: int = Field(4, ge=1, description="rows a step")
+    optimizer: Literal["AdamW"] = "AdamW"
+    learning_rate: float = Field(1e-4, gt=0)
+    scheduler: Literal["cosine"] = Field("cosine", description="learning rate, stepped by epoch")
+    min_lr: float = Field(1e-6, ge=0, description="learning rate the cosine ends at")
+    weight_decay: float = Field(1e-4, ge=0)
+    grad_clip: float = Field(
+        0.5, ge=0, description="norm limit, student and projection apart; 0 = off"
+    )
+    mixed_precision: bool = Field(False, description="autocast the networks; losses stay float32")
+    temperature: float = Field(3.0, gt=0, description="T, or T at the first epoch")
+    temperature_schedule: Literal["none", "linear", "cosine", "exponential"] = "none"
+    final_temperature: float = Field(1.0, gt=0, description="T at the last epoch of a schedule")
+    kl_scale: Literal["T", "T2", "1"] = Field("T", description="factor of the KL loss")
+    kl_weight: float = Field(1.0, ge=0)
+    mse_weight: float = Field(0.5, ge=0)
+    bce_weight: float = Field(0.5, ge=0)
+    dice_weight: float = Field(1.0, ge=0)
+    feature_weight: float = Field(0.5, ge=0)
+    feature_loss: Literal["mse", "cosine"] = "mse"
+    seed: int = Field(0, ge=0)
+
+    @property
+    def last_temperature(self) -> float:
+        """T of the last epoch, which `evaluate` uses."""
+        return self.temperature if self.temperature_schedule == "none" else self.final_temperature
+
+    def to_toml(self) -> str:
+        """The resolved settings as a TOML file that `--config` reads back."""
+        return "".join(f"{key} = {json.dumps(value)}\n" for key, value in self.model_dump().items())
+
+
+SettingsT = TypeVar("SettingsT", ExtractConfig, TrainConfig)
+
+
+def load(
+    stage: type[SettingsT],
+    config: str | None = None,
+    assignments: Sequence[str] = (),
+    flags: Mapping[str, Any] | None = None,
+) -> SettingsT:
+    """The settings of one stage; later sources win: defaults, config, `key=value`s, flags.
+
+    `config` is a named config or the path of a TOML file; flags that are None were not given.
+    Raises ConfigError for an unknown key, a wrong type or a value out of range.
+    """
+    values = _read_config(config or DEFAULT_CONFIG)
+    for assignment in assignments:
+        key, separator, text = assignment.partition("=")
+        if not separator:
+            raise ConfigError(f"--set {assignment}: expected key=value")
+        values[key.strip()] = _parse_value(text.strip())
+    values |= {key: value for key, value in (flags or {}).items() if value is not None}
+    return validated(stage, values)
+
+
+def validated(stage: type[SettingsT], values: Mapping[str, Any]) -> SettingsT:
+    """Check flat settings that may hold the other stage's keys too."""
+    known = ExtractConfig.model_fields.keys() | TrainConfig.model_fields.keys()
+    for key in values:
+        if key not in known:
+            raise ConfigError(f"unknown setting {key!r}; nearest known: {nearest(key, known)}")
+    own = {key: value for key, value in values.items() if key in stage.model_fields}
+    try:
+        return stage(**own)
+    except ValidationError as error:
+        problems = "; ".join(_describe(problem) for problem in error.errors())
+        raise ConfigError(problems) from error
+
+
+def _describe(problem: Any) -> str:
+    where = ".".join(str(part) for part in problem["loc"])
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{where} = {problem['input']!r}: {message}"
+
+
+def _read_config(config: str) -> dict[str, Any]:
+    if config in NAMED_CONFIGS:
+        return dict(NAMED_CONFIGS[config])
+    path = Path(config)
+    if not path.is_file():
+        raise ConfigError(
+            f"--config {config}: no such file, and no config of that name; "
+            f"named configs: {', '.join(NAMED_CONFIGS)}"
+        )
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {config}: not valid TOML: {error}") from error
+
+
+def _parse_value(text: str) -> Any:
+    """A TOML value; text that is not one (a bare word or path) is a string."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text

@@ -1,0 +1,182 @@
+"""Decoding, orientation, resizing and normalisation: the one place for extraction, training and prediction.
+
+Shapes: images are (H, W, 3) uint8 RGB, masks (H, W) uint8 with the values below.
+
+Colour rules for files that are not 8-bit RGB: grey is repeated into three channels; palettes are
+looked up; an alpha channel is dropped, as OpenCV's colour reading does; CMYK is converted by
+Pillow; 16-bit samples are divided by 257, so 65535 becomes 255 instead of clipping at 255.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from typing import Literal
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from kdcache.errors import SampleError
+
+U8 = NDArray[np.uint8]
+F32 = NDArray[np.float32]
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
+
+BACKGROUND = 0
+PERSON = 1
+PADDING = 254  # letterbox border: out of every loss and metric
+IGNORE = 255  # e.g. a crowd: out of everything that compares with the mask
+
+# torchvision's ImageNet statistics, which smp's encoders were trained with.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# OpenCV's INTER_LINEAR (no antialiasing) is what the frozen models were trained with; the name
+# goes into the fingerprint.
+INTERPOLATION = "opencv-inter-linear"
+
+# The grey value YOLO's letterbox pads with.
+LETTERBOX_GREY = 114
+
+ResizeMode = Literal["stretch", "letterbox"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where a source image lies inside the square model input, in pixels."""
+
+    source_height_px: int
+    source_width_px: int
+    size_px: int
+    top_px: int
+    left_px: int
+    height_px: int
+    width_px: int
+
+
+def place(height: int, width: int, size: int, mode: ResizeMode) -> Placement:
+    """Where an image of (height, width) goes in a (size, size) input."""
+    top = left = 0
+    inner_height = inner_width = size
+    if mode == "letterbox":
+        scale = size / max(height, width)
+        inner_height = max(1, round(height * scale))
+        inner_width = max(1, round(width * scale))
+        top, left = (size - inner_height) // 2, (size - inner_width) // 2
+    return Placement(
+        source_height_px=height,
+        source_width_px=width,
+        size_px=size,
+        top_px=top,
+        left_px=left,
+        height_px=inner_height,
+        width_px=inner_width,
+    )
+
+
+def resize_image(image: U8, placement: Placement) -> U8:
+    """Resize (H, W, 3) into the (size, size, 3) model input; a letterbox border is grey 114."""
+    inner = cv2.resize(
+        image, (placement.width_px, placement.height_px), interpolation=cv2.INTER_LINEAR
+    )
+    return _on_canvas(inner.astype(np.uint8, copy=False), placement, LETTERBOX_GREY)
+
+
+def resize_mask(mask: U8, placement: Placement) -> U8:
+    """Resize (H, W) by nearest neighbour; a letterbox border becomes `PADDING`.
+
+    INTER_NEAREST_EXACT samples at pixel centres, as the image's INTER_LINEAR does; plain
+    INTER_NEAREST would shift the mask by up to half a source pixel.
+    """
+    inner = cv2.resize(
+        mask, (placement.width_px, placement.height_px), interpolation=cv2.INTER_NEAREST_EXACT
+    )
+    return _on_canvas(inner.astype(np.uint8, copy=False), placement, PADDING)
+
+
+def _on_canvas(inner: U8, placement: Placement, fill: int) -> U8:
+    size = placement.size_px
+    if inner.shape[:2] == (size, size):
+        return inner
+    canvas = np.full((size, size, *inner.shape[2:]), fill, np.uint8)
+    bottom = placement.top_px + placement.height_px
+    right = placement.left_px + placement.width_px
+    canvas[placement.top_px : bottom, placement.left_px : right] = inner
+    return canvas
+
+
+def decode_image(data: bytes) -> U8:
+    """Decode an encoded image to (H, W, 3) uint8 RGB with its EXIF orientation applied.
+
+    Raises SampleError for anything Pillow cannot decode completely.
+    """
+    picture = _open(data)
+    return _to_rgb(ImageOps.exif_transpose(picture))
+
+
+def decode_mask(data: bytes) -> U8:
+    """Decode a mask file to (H, W) uint8 of 0 and 1; files with values {0, 1} or {0, 255} are accepted.
+
+    The mask's own EXIF orientation is ignored: a mask is a measurement, not a photo.
+    """
+    picture = _open(data)
+    values = np.asarray(picture if picture.mode in ("L", "P", "1") else _grey(picture))
+    found = np.unique(values)
+    if np.isin(found, (0, 1)).all():
+        return values.astype(np.uint8)
+    if np.isin(found, (0, 255)).all():
+        return np.asarray(values == 255, np.uint8)
+    shown = ", ".join(str(int(value)) for value in found[:8]) + (", …" if len(found) > 8 else "")
+    raise SampleError(
+        f"mask has the values {shown}; expected only 0 and 1, or only 0 and 255 "
+        "(background and person); convert the masks first"
+    )
+
+
+def _open(data: bytes) -> Image.Image:
+    if not data:
+        raise SampleError("the file is empty (0 bytes)")
+    try:
+        picture = Image.open(io.BytesIO(data))
+        picture.load()
+    except Exception as error:  # Pillow raises many kinds for damaged files
+        raise SampleError(
+            f"cannot be decoded as an image: {type(error).__name__}: {error}"
+        ) from error
+    return picture
+
+
+def _grey(picture: Image.Image) -> NDArray[np.generic]:
+    """A colour mask is accepted when its channels agree (a grey picture saved as RGB)."""
+    channels = np.asarray(picture.convert("RGB") if picture.mode != "RGB" else picture)
+    if not (channels == channels[..., :1]).all():
+        raise SampleError("mask is a colour picture; expected one channel of 0/1 or 0/255")
+    return channels[..., 0]
+
+
+def _to_rgb(picture: Image.Image) -> U8:
+    if picture.mode.startswith("I") or picture.mode == "F":
+        return _wide_grey_to_rgb(np.asarray(picture), picture.mode)
+    return np.asarray(picture.convert("RGB"))
+
+
+def _wide_grey_to_rgb(values: NDArray[np.generic], mode: str) -> U8:
+    """16-bit samples to 8 bits; `convert("RGB")` would clip them to white without a word."""
+    if mode == "F" or values.min() < 0 or values.max() > 65535:
+        raise SampleError(
+            f"pixels of Pillow mode {mode} range from {values.min()} to {values.max()}; "
+            "expected 8- or 16-bit samples"
+        )
+    grey = np.rint(values.astype(np.float64) / 257).astype(np.uint8)
+    return np.repeat(grey[..., None], 3, axis=2)
+
+
+def imagenet_normalised(images_NHWC: U8) -> F32:
+    """uint8 RGB pixels to the (N, 3, H, W) float32 input of the UNets."""
+    mean = np.asarray(IMAGENET_MEAN, np.float32)
+    std = np.asarray(IMAGENET_STD, np.float32)
+    scaled = (images_NHWC.astype(np.float32) / np.float32(255) - mean) / std
+    return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))

@@ -1,0 +1,1 @@
+"""Stage one: images and masks through the frozen models into the cache. The only home of ONNX Runtime."""

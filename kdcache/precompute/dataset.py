@@ -1,0 +1,204 @@
+"""Which images and masks a dataset holds: an image folder with a mask folder, or COCO instances JSON."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from kdcache.errors import DatasetError, SampleError
+from kdcache.imaging import IGNORE, IMAGE_SUFFIXES, PERSON, U8, decode_mask
+
+CATEGORY = "person"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One image and where its mask comes from: a file, or COCO annotations."""
+
+    sample_id: str
+    image_path: Path
+    mask_path: Path | None = None
+    annotations: tuple[Mapping[str, Any], ...] = ()
+    # (height, width) that COCO states for the image; polygons live in that frame
+    annotated_size_px: tuple[int, int] | None = None
+
+    def mask(self, height: int, width: int) -> U8:
+        """The (height, width) mask of the decoded image: 0, 1 (person), 255 (crowd).
+
+        Raises SampleError when the mask is for an image of another size: scaling it in silence
+        would hide a wrong pairing or an EXIF rotation that the mask does not know of.
+        """
+        if self.mask_path is not None:
+            mask = decode_mask(self.mask_path.read_bytes())
+        else:
+            mask = rasterise(self.annotations, *(self.annotated_size_px or (height, width)))
+        if mask.shape != (height, width):
+            turned = mask.shape == (width, height)
+            raise SampleError(
+                f"mask is {mask.shape[0]}×{mask.shape[1]}, the image {height}×{width}"
+                + (" once its EXIF rotation is applied; rotate the mask" if turned else "")
+                + " (height×width); they must be equal"
+            )
+        return mask
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """The samples to extract, in order, and what was left out on purpose."""
+
+    samples: Sequence[Sample]
+    left_out: Mapping[str, int] = field(default_factory=dict)  # reason to number of images
+
+
+def folder_dataset(images: Path, masks: Path) -> Dataset:
+    """Pair every image with the mask of exactly its stem and subfolder.
+
+    Raises DatasetError naming the images without a mask, the masks without an image, or a stem
+    that two files share, before any model is loaded.
+    """
+    image_files, mask_files = _by_stem(images, "--images"), _by_stem(masks, "--masks")
+    unpaired_images = sorted(image_files.keys() - mask_files.keys())
+    unpaired_masks = sorted(mask_files.keys() - image_files.keys())
+    if unpaired_images or unpaired_masks:
+        raise DatasetError(
+            f"{_some(unpaired_images)} in {images} have no mask of the same name in {masks}; "
+            f"{_some(unpaired_masks)} in {masks} have no image; add, rename or remove them"
+        )
+    samples = [
+        Sample(
+            sample_id=path.relative_to(images).as_posix(),
+            image_path=path,
+            mask_path=mask_files[stem],
+        )
+        for stem, path in sorted(image_files.items())
+    ]
+    return Dataset(samples=samples)
+
+
+def coco_dataset(images: Path, annotations: Path, all_images: bool = False) -> Dataset:
+    """The images of a COCO instances file, with their person annotations.
+
+    Without `all_images` only images with a person that is not a crowd are taken; the rest are
+    counted. Raises DatasetError when the file is not COCO instances JSON or selects nothing.
+    """
+    if not images.is_dir():
+        raise DatasetError(f"--images {images}: no such folder")
+    document = _read_coco(annotations)
+    categories = [c["id"] for c in document["categories"] if c["name"] == CATEGORY]
+    if not categories:
+        names = ", ".join(sorted(c["name"] for c in document["categories"])[:10])
+        raise DatasetError(f"{annotations} has no category {CATEGORY!r}; it has {names}")
+    by_image: dict[Any, list[Mapping[str, Any]]] = defaultdict(list)
+    for annotation in document["annotations"]:
+        if annotation["category_id"] in categories:
+            by_image[annotation["image_id"]].append(annotation)
+    samples, without_person = [], 0
+    for image in sorted(document["images"], key=lambda image: str(image["file_name"])):
+        people = by_image[image["id"]]
+        if not all_images and all(person.get("iscrowd") for person in people):
+            without_person += 1
+            continue
+        samples.append(
+            Sample(
+                sample_id=image["file_name"],
+                image_path=images / image["file_name"],
+                annotations=tuple(people),
+                annotated_size_px=(image["height"], image["width"]),
+            )
+        )
+    ids = Counter(sample.sample_id for sample in samples)
+    if repeated := [name for name, count in ids.items() if count > 1]:
+        raise DatasetError(f"{annotations} lists {_some(repeated)} more than once")
+    if not samples:
+        raise DatasetError(f"{annotations} lists no image with a {CATEGORY}")
+    if not any(sample.image_path.is_file() for sample in samples):
+        raise DatasetError(
+            f"none of the {len(samples)} images that {annotations} lists is in {images} "
+            f"(first: {samples[0].sample_id}); point --images at the folder of its files"
+        )
+    return Dataset(samples=samples, left_out={f"no {CATEGORY} in it": without_person})
+
+
+def rasterise(annotations: Sequence[Mapping[str, Any]], height: int, width: int) -> U8:
+    """COCO polygons and run lengths (compressed or not) to a (height, width) mask.
+
+    People win over crowd regions where both cover a pixel.
+    """
+    mask = np.zeros((height, width), np.uint8)
+    for crowd in (True, False):
+        for annotation in annotations:
+            if bool(annotation.get("iscrowd")) == crowd:
+                covered = _covered(annotation["segmentation"], height, width)
+                mask[covered] = IGNORE if crowd else PERSON
+    return mask
+
+
+def split_of(sample_id: str, val_fraction: float, seed: int) -> str:
+    """`val` for about `val_fraction` of all ids, else `train`.
+
+    Depends on the id alone, so an image never changes sides when others come or go.
+    """
+    digest = hashlib.sha256(f"{seed}:{sample_id}".encode()).digest()
+    return "val" if int.from_bytes(digest[:8], "big") < val_fraction * 2**64 else "train"
+
+
+def _covered(segmentation: Any, height: int, width: int) -> Any:
+    try:
+        if isinstance(segmentation, list):
+            encoded = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
+        elif isinstance(segmentation["counts"], list):
+            encoded = coco_mask.frPyObjects(segmentation, height, width)
+        else:
+            encoded = segmentation
+        return coco_mask.decode(encoded).astype(bool)
+    except Exception as error:  # pycocotools raises bare Exceptions
+        raise SampleError(f"its COCO segmentation cannot be read: {error}") from error
+
+
+def _by_stem(folder: Path, option: str) -> dict[str, Path]:
+    if not folder.is_dir():
+        raise DatasetError(f"{option} {folder}: no such folder")
+    found: dict[str, Path] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() not in IMAGE_SUFFIXES or not path.is_file():
+            continue
+        stem = path.relative_to(folder).with_suffix("").as_posix()
+        if stem in found:
+            raise DatasetError(
+                f"{found[stem]} and {path} differ only in their suffix; which one is meant? "
+                "Move one of them away"
+            )
+        found[stem] = path
+    if not found:
+        kinds = " ".join(sorted(IMAGE_SUFFIXES))
+        raise DatasetError(f"{option} {folder}: no image in it or below it (looked for {kinds})")
+    return found
+
+
+def _read_coco(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise DatasetError(f"--coco {path}: no such file")
+    try:
+        document = json.loads(path.read_bytes())
+        wanted = ("images", "annotations", "categories")
+        missing = [key for key in wanted if not isinstance(document.get(key), list)]
+    except (ValueError, AttributeError) as error:
+        raise DatasetError(f"--coco {path}: not a JSON object: {error}") from error
+    if missing:
+        raise DatasetError(
+            f"--coco {path}: no list {' or '.join(missing)} in it; expected COCO instances JSON"
+        )
+    return dict(document)
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+    return f"{len(names)} images ({shown})" if names else "0 images"

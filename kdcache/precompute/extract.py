@@ -1,0 +1,341 @@
+"""Stage one as a whole: decode → both frozen models → quantise, compress, write and commit.
+
+Decoding runs ahead in threads and writing behind in one, both bounded, so memory does not grow
+with the dataset.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import logging
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from kdcache.cache import codecs
+from kdcache.cache.format import (
+    IMAGE,
+    LOGITS,
+    MASK,
+    ROWS,
+    Manifest,
+    RowKey,
+    TapSpec,
+    describe_row,
+)
+from kdcache.cache.reader import Cache
+from kdcache.cache.writer import CacheWriter
+from kdcache.config import ExtractConfig
+from kdcache.errors import CacheError, ConfigError, DatasetError, SampleError
+from kdcache.imaging import INTERPOLATION, U8, decode_image, place, resize_image, resize_mask
+from kdcache.precompute.dataset import Dataset, Sample, split_of
+from kdcache.precompute.onnx_session import Device, resolve_device
+from kdcache.precompute.teacher import Teacher
+from kdcache.precompute.yolo import Yolo
+
+log = logging.getLogger(__name__)
+
+# On the CPU one image a call is as fast as many and needs the least memory; a GPU wants a batch.
+_DEFAULT_BATCH = {"cpu": 1, "cuda": 8, "tensorrt": 8}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractReport:
+    """What an extraction did."""
+
+    cache: Path
+    device: str
+    rows_added: int
+    rows_total: int
+    rows_found: int  # committed by an earlier run and not computed again
+    skipped: Mapping[str, str]  # sample id to reason
+    left_out: Mapping[str, int]
+    seconds: float
+    bytes_added: int
+
+
+class Prepared(NamedTuple):
+    """A decoded sample at the models' input size."""
+
+    key: RowKey
+    image: U8  # (H, W, 3)
+    mask: U8  # (H, W)
+    details: dict[str, Any]
+
+
+@dataclass
+class _Tally:
+    skipped: dict[str, str] = field(default_factory=dict)
+    strict: bool = False
+
+    def skip(self, key: RowKey, error: Exception) -> None:
+        if self.strict:
+            raise DatasetError(f"{key.sample_id}: {error} (--strict stops here)") from error
+        log.warning("skipped %s: %s", key.sample_id, error)
+        self.skipped[key.sample_id] = str(error)
+
+
+def extract(
+    config: ExtractConfig,
+    dataset: Dataset,
+    out: Path,
+    *,
+    split: str = "train",
+    device: Device = "auto",
+    batch_size: int | None = None,
+    workers: int = 2,
+    limit: int | None = None,
+    strict: bool = False,
+    progress: bool = False,
+) -> ExtractReport:
+    """Write the rows of `dataset` that the cache at `out` does not hold yet.
+
+    Nothing is created before both models have run and the first image is decoded. Images that
+    cannot be used are skipped and reported, or stop the run when `strict`. Raises KdcacheError;
+    what was committed before an error stays and is not computed again.
+    """
+    started = time.monotonic()
+    place_on = resolve_device(device)
+    planned = _planned(dataset, config, split, limit)
+    found = Cache(out) if out.exists() else None
+    _refuse_second_split(planned, found)
+    yolo, teacher = _load_models(config, place_on)
+    manifest = _manifest(config, yolo, teacher, place_on)
+    tally = _Tally(strict=strict)
+    committed = set(found.keys) if found else set()
+    todo = [(key, sample) for key, sample in planned if key not in committed]
+    prepared = _prepare(todo, config, workers, tally)
+    first = next(prepared, None)
+    if first is None and found is None:
+        reasons = "; ".join(
+            f"{name}: {why}" for name, why in itertools.islice(tally.skipped.items(), 3)
+        )
+        raise DatasetError(f"none of the {len(todo)} images can be used ({reasons})")
+    with CacheWriter(out, manifest) as writer:
+        writer.expect(len(todo))
+        before = len(writer.committed)
+        rows = itertools.chain([first] if first else [], prepared)
+        shown = tqdm(
+            rows,
+            total=len(todo),
+            desc="extract",
+            unit="image",
+            smoothing=0.05,
+            disable=None if progress else True,
+        )
+        size = batch_size or _DEFAULT_BATCH[place_on]
+        _run(shown, yolo, teacher, writer, manifest, size, tally)
+        writer.commit()
+        writer.record_skipped(tally.skipped)
+        total = len(writer.committed)
+    cache = Cache(out)
+    new_commits = [commit for commit in cache.commits if committed.isdisjoint(commit.keys)]
+    return ExtractReport(
+        cache=out,
+        device=place_on,
+        rows_added=total - before,
+        rows_total=total,
+        rows_found=len(planned) - len(todo),
+        skipped=tally.skipped,
+        left_out=dataset.left_out,
+        seconds=time.monotonic() - started,
+        bytes_added=sum(o.size_bytes for commit in new_commits for o in commit.objects.values()),
+    )
+
+
+def _planned(
+    dataset: Dataset, config: ExtractConfig, split: str, limit: int | None
+) -> list[tuple[RowKey, Sample]]:
+    """Keys of the samples, one split after the other (a shard holds one split only)."""
+    planned = [
+        (RowKey(_split(sample, config, split), sample.sample_id, 0), sample)
+        for sample in itertools.islice(dataset.samples, limit)
+    ]
+    return sorted(planned, key=lambda item: item[0].split)
+
+
+def _split(sample: Sample, config: ExtractConfig, split: str) -> str:
+    if config.val_fraction and split == "train":
+        return split_of(sample.sample_id, config.val_fraction, config.seed)
+    return split
+
+
+def _refuse_second_split(planned: Sequence[tuple[RowKey, Sample]], found: Cache | None) -> None:
+    """The same photo in train and val would make the validation score a lie.
+
+    Equal names alone are not enough to refuse: two folders may number their files alike.
+    """
+    if found is None:
+        return
+    committed = {key.sample_id: (index, key.split) for index, key in enumerate(found.keys)}
+    for key, sample in planned:
+        index, split = committed.get(key.sample_id, (0, key.split))
+        if split == key.split or not sample.image_path.is_file():
+            continue
+        digest = hashlib.sha256(sample.image_path.read_bytes()).hexdigest()
+        if digest == found[index].details["source_sha256"]:
+            raise ConfigError(
+                f"{key.sample_id} is in {found.path} as {split}, now it would be added as {key.split} "
+                "too; use the --val-fraction, seed and --split it was extracted with"
+            )
+
+
+def _load_models(config: ExtractConfig, device: str) -> tuple[Yolo, Teacher]:
+    if config.yolo_onnx_path is None or config.teacher_checkpoint is None:
+        raise ConfigError("both frozen models are needed: --yolo FILE.onnx and --teacher FILE")
+    yolo = Yolo(
+        config.yolo_onnx_path,
+        tap=config.yolo_target_layer,
+        expects=config.yolo_input,
+        device=device,
+        size_px=config.size,
+    )
+    teacher = Teacher(
+        config.teacher_checkpoint,
+        encoder=config.teacher_encoder,
+        device=device,
+        size_px=config.size,
+    )
+    return yolo, teacher
+
+
+def _manifest(config: ExtractConfig, yolo: Yolo, teacher: Teacher, device: str) -> Manifest:
+    tap = TapSpec(
+        name=config.yolo_target_layer, precision=config.precision, shape=yolo.feature_shape
+    )
+    fingerprint = {
+        "yolo_sha256": yolo.sha256,
+        "yolo_target_layer": config.yolo_target_layer,
+        "yolo_input": config.yolo_input,
+        "teacher_sha256": teacher.sha256,
+        "teacher_encoder": config.teacher_encoder,
+        "size": str(config.size),
+        "resize": config.resize,
+        "interpolation": INTERPOLATION,
+        "precision": config.precision,
+        "views": "resized only",
+        "execution_provider": f"{device} float32",
+    }
+    libraries = ("kdcache", "numpy", "opencv-python-headless", "pillow", "torch", "onnx")
+    return Manifest(
+        size_px=config.size,
+        shard_rows=config.shard_rows,
+        logits_dtype="float32" if config.precision == "float32" else "float16",
+        taps=(tap,),
+        fingerprint=fingerprint,
+        versions={name: version(name) for name in libraries},
+    )
+
+
+def _prepare(
+    todo: Iterable[tuple[RowKey, Sample]], config: ExtractConfig, workers: int, tally: _Tally
+) -> Iterator[Prepared]:
+    """Decoded samples in order, `2 · workers` ahead at most; bad ones go to the tally."""
+    waiting: deque[tuple[RowKey, Future[Prepared]]] = deque()
+
+    def finished() -> Iterator[Prepared]:
+        key, future = waiting.popleft()
+        try:
+            yield future.result()
+        except (SampleError, OSError) as error:
+            tally.skip(key, error)
+
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+    try:
+        for key, sample in todo:
+            waiting.append((key, pool.submit(_decode, key, sample, config)))
+            if len(waiting) > 2 * workers:
+                yield from finished()
+        while waiting:
+            yield from finished()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _decode(key: RowKey, sample: Sample, config: ExtractConfig) -> Prepared:
+    data = sample.image_path.read_bytes()
+    image = decode_image(data)
+    height, width = image.shape[:2]
+    mask = sample.mask(height, width)
+    where = place(height, width, config.size, config.resize)
+    details = {
+        "source_bytes": len(data),
+        "source_sha256": hashlib.sha256(data).hexdigest(),
+        "source_height_px": height,
+        "source_width_px": width,
+        "placed_px": [where.top_px, where.left_px, where.height_px, where.width_px],
+    }
+    return Prepared(key, resize_image(image, where), resize_mask(mask, where), details)
+
+
+def _run(
+    rows: Iterable[Prepared],
+    yolo: Yolo,
+    teacher: Teacher,
+    writer: CacheWriter,
+    manifest: Manifest,
+    batch_size: int,
+    tally: _Tally,
+) -> None:
+    """Both models over batches of one constant size; rows go to the writer's thread in order."""
+    with ThreadPoolExecutor(1, thread_name_prefix="write") as pool:
+        writing: deque[tuple[RowKey, Future[None]]] = deque()
+        for batch in _batched(rows, batch_size):
+            images = np.stack([row.image for row in batch])
+            padding = np.repeat(images[-1:], batch_size - len(batch), axis=0)
+            images = np.concatenate([images, padding])
+            features, logits = yolo.features(images), teacher.logits(images)
+            for row, feature_CHW, logits_HW in zip(batch, features, logits, strict=False):
+                write = pool.submit(_write, writer, manifest, row, feature_CHW, logits_HW)
+                writing.append((row.key, write))
+            while len(writing) > 2 * batch_size:
+                _finish(*writing.popleft(), tally)
+        while writing:
+            _finish(*writing.popleft(), tally)
+
+
+def _batched(rows: Iterable[Prepared], size: int) -> Iterator[list[Prepared]]:
+    """itertools.batched of Python 3.12, on 3.11."""
+    rows = iter(rows)
+    while batch := list(itertools.islice(rows, size)):
+        yield batch
+
+
+def _write(
+    writer: CacheWriter,
+    manifest: Manifest,
+    row: Prepared,
+    feature_CHW: codecs.F32,
+    logits_HW: codecs.F32,
+) -> None:
+    (tap,) = manifest.taps
+    encoded = codecs.encode(feature_CHW, tap.precision)
+    arrays = {
+        IMAGE: row.image,
+        MASK: row.mask,
+        LOGITS: codecs.teacher_logits(logits_HW, tap.precision),
+        ROWS: describe_row(row.key, row.details),
+        **{f"{tap.folder}/{name}": array for name, array in encoded.items()},
+    }
+    writer.append(row.key, arrays)
+
+
+def _finish(key: RowKey, write: Future[None], tally: _Tally) -> None:
+    try:
+        write.result()
+    except SampleError as error:
+        tally.skip(key, error)
+    except OSError as error:
+        raise CacheError(
+            f"cannot write row {key.sample_id}: {error}; rows committed so far are safe: free some "
+            "space or mend the disk, then run the same command again"
+        ) from error

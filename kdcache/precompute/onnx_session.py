@@ -1,0 +1,145 @@
+"""ONNX Runtime sessions that run where they were asked to, or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+# torch first: its wheel carries the CUDA libraries that onnxruntime-gpu's providers need.
+import torch
+from numpy.typing import NDArray
+from onnx import ModelProto, load
+
+import onnxruntime  # isort: skip
+
+from kdcache.errors import DeviceMemoryError, ModelError, ProviderError, device_memory
+
+F32 = NDArray[np.float32]
+Device = Literal["auto", "cpu", "cuda", "tensorrt"]
+
+_PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
+
+_CUDA_OPTIONS = {
+    # batches all have one shape, so memory need not grow in powers of two beside torch's own
+    "arena_extend_strategy": "kSameAsRequested",
+    "use_tf32": "0",
+}
+
+
+def resolve_device(device: Device) -> str:
+    """`cpu`, `cuda` or `tensorrt`; auto is CUDA when torch sees a GPU."""
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def read_model(path: Path) -> ModelProto:
+    """Load an ONNX file with its external data; raises ModelError when it is not one."""
+    if not path.is_file():
+        raise ModelError(f"{path}: no such model file")
+    try:
+        model = load(path)
+    except Exception as error:  # protobuf's DecodeError has no public home
+        raise ModelError(f"{path}: not an ONNX model: {error}") from error
+    if not model.graph.node:
+        raise ModelError(f"{path}: not an ONNX model, or one without nodes")
+    return model
+
+
+class OnnxNetwork:
+    """An ONNX graph from one image input to its first output, on one device.
+
+    Hides whether the graph's batch is dynamic or fixed and its input float32 or float16. Raises
+    ModelError when the graph does not load or does not take (N, 3, size, size), ProviderError
+    when ONNX Runtime fell back to another provider than `device` ('cpu', 'cuda', 'tensorrt') needs.
+    """
+
+    def __init__(self, model: bytes, path: Path, device: str, size_px: int) -> None:
+        self._path = path
+        self._session = _open_session(model, path, device)
+        inputs = self._session.get_inputs()
+        if len(inputs) != 1:
+            names = ", ".join(f"{i.name} {i.shape}" for i in inputs)
+            raise ModelError(f"{path}: expected one image input, the graph has {names}")
+        (self._input,) = inputs
+        shape, kind = self._input.shape, self._input.type
+        sizes_fit = len(shape) == 4 and all(
+            not isinstance(found, int) or found == wanted
+            for found, wanted in zip(shape[1:], (3, size_px, size_px), strict=True)
+        )
+        if kind not in _INPUT_DTYPES or not sizes_fit:
+            raise ModelError(
+                f"{path}: expected a float32 or float16 input (N, 3, {size_px}, {size_px}), "
+                f"{self._input.name} is {kind} {shape}; set --size to what the model takes"
+            )
+        self._dtype = _INPUT_DTYPES[kind]
+        self._fixed_batch = shape[0] if isinstance(shape[0], int) else None
+
+    def __call__(self, inputs_NCHW: F32) -> F32:
+        """The first output for (N, 3, H, W) inputs, as float32.
+
+        With a fixed batch the last, smaller part is padded with its own last image.
+        """
+        inputs = inputs_NCHW.astype(self._dtype, copy=False)
+        if self._fixed_batch is None:
+            return self._run(inputs)
+        parts = []
+        for start in range(0, len(inputs), self._fixed_batch):
+            part = inputs[start : start + self._fixed_batch]
+            padding = np.repeat(part[-1:], self._fixed_batch - len(part), axis=0)
+            parts.append(self._run(np.concatenate([part, padding]))[: len(part)])
+        return np.concatenate(parts)
+
+    def _run(self, inputs: NDArray[np.floating[Any]]) -> F32:
+        try:
+            with device_memory(f"running {self._path.name}", "lower --batch-size or --size"):
+                output = self._session.run(None, {self._input.name: inputs})[0]
+        except DeviceMemoryError:
+            raise
+        except Exception as error:  # ONNX Runtime's exceptions share no base
+            raise ModelError(f"{self._path}: ONNX Runtime cannot run it: {error}") from error
+        return np.asarray(output, np.float32)
+
+
+_INPUT_DTYPES: dict[str, type[np.floating[Any]]] = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+}
+
+
+def _open_session(model: bytes, path: Path, device: str) -> Any:
+    wanted = _PROVIDERS[device]
+    if wanted not in onnxruntime.get_available_providers():
+        raise ProviderError(
+            f"--device {device}: this onnxruntime has no {wanted} (it has "
+            f"{', '.join(onnxruntime.get_available_providers())}); install onnxruntime-gpu and make "
+            "sure the plain onnxruntime is not installed beside it, or use --device cpu"
+        )
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    provider = (wanted, _CUDA_OPTIONS) if device == "cuda" else wanted
+    try:
+        session = onnxruntime.InferenceSession(model, options, providers=[provider])
+    except Exception as error:  # ONNX Runtime's exceptions share no base
+        raise ModelError(f"{path}: ONNX Runtime cannot load it: {error}") from error
+    active = session.get_providers()[0]
+    if active != wanted:
+        raise ProviderError(
+            f"--device {device}: {wanted} did not start, ONNX Runtime would run on {active}; "
+            "check the driver and the CUDA libraries (onnxruntime-gpu uses those of the installed "
+            "torch, both must be built for one CUDA version), or use --device cpu"
+        )
+    return session
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file, as hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,203 @@
+"""The frozen teacher: an smp UNet checkpoint run by torch, or any ONNX graph from pixels to logits."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import segmentation_models_pytorch as smp
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+
+from kdcache.errors import ModelError, device_memory
+from kdcache.imaging import U8, imagenet_normalised
+from kdcache.precompute.onnx_session import OnnxNetwork, read_model, sha256_file
+
+log = logging.getLogger(__name__)
+F32 = NDArray[np.float32]
+Tensors = dict[str, torch.Tensor]
+
+
+class Teacher:
+    """The teacher on one device: (N, H, W, 3) uint8 RGB to (N, H, W) float32 logits.
+
+    Raises ModelError when the file is no teacher, or its output is not one logit a pixel.
+    """
+
+    def __init__(self, path: Path, *, encoder: str, device: str, size_px: int) -> None:
+        if not path.is_file():
+            raise ModelError(f"{path}: no such teacher file")
+        self.sha256 = sha256_file(path)
+        self._network: Callable[[F32], F32]
+        if path.suffix == ".onnx":
+            model = read_model(path).SerializeToString()
+            self._network = OnnxNetwork(model, path, device, size_px)
+        else:
+            self._network = _TorchNetwork(load_checkpoint(path, encoder), device)
+        trial = self._network(imagenet_normalised(np.zeros((1, size_px, size_px, 3), np.uint8)))
+        if trial.shape != (1, 1, size_px, size_px):
+            raise ModelError(
+                f"{path}: the teacher gives {trial.shape} for one image; "
+                f"expected one logit a pixel, (1, 1, {size_px}, {size_px})"
+            )
+
+    def logits(self, images_NHWC: U8) -> F32:
+        """One logit a pixel, (N, H, W)."""
+        return self._network(imagenet_normalised(images_NHWC))[:, 0]
+
+
+class _TorchNetwork:
+    def __init__(self, network: torch.nn.Module, device: str) -> None:
+        self._device = "cpu" if device == "cpu" else "cuda"
+        self._network = network.eval().requires_grad_(False).to(self._device)
+
+    @torch.inference_mode()
+    def __call__(self, inputs_NCHW: F32) -> F32:
+        with device_memory("running the teacher", "lower --batch-size or --size"):
+            outputs: torch.Tensor = self._network(torch.from_numpy(inputs_NCHW).to(self._device))
+            return outputs.float().cpu().numpy()
+
+
+def load_checkpoint(path: Path, encoder: str) -> torch.nn.Module:
+    """An `smp.Unet(encoder, classes=1)` with the weights of a checkpoint, loaded strictly.
+
+    Raises ModelError naming the first tensors that are missing, left over or of another shape.
+    """
+    with warnings.catch_warnings():
+        # smp's note that its `timm-` names will go; pyproject.toml bounds smp for that reason
+        warnings.filterwarnings("ignore", message="`timm-` encoders are deprecated")
+        try:
+            network: torch.nn.Module = smp.Unet(encoder, encoder_weights=None, classes=1)
+        except (KeyError, RuntimeError) as error:
+            raise ModelError(f"teacher_encoder = {encoder!r}: smp has no such encoder") from error
+    expected = network.state_dict()
+    found = strip_prefix(read_tensors(path), expected)
+    problems = [f"{key} is missing" for key in expected if key not in found]
+    problems += [f"{key} is left over" for key in found if key not in expected]
+    problems += [
+        f"{key} is {tuple(found[key].shape)}, expected {tuple(expected[key].shape)}"
+        for key in expected
+        if key in found and found[key].shape != expected[key].shape
+    ]
+    if problems:
+        raise ModelError(
+            f"{path} does not fit smp.Unet({encoder!r}, classes=1): {'; '.join(problems[:4])}"
+            + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
+            + "; name its encoder with --set teacher_encoder=…"
+        )
+    network.load_state_dict(found)
+    return network
+
+
+def strip_prefix(tensors: Tensors, expected: Mapping[str, Any]) -> Tensors:
+    """Remove the prefix (`model.`, `module.model.`, …) that wrappers put before every key.
+
+    Only at the front: names such as `encoder.model.conv_stem.weight` keep their inner `model.`.
+    """
+    if set(tensors) == set(expected):
+        return tensors
+    probe = next(iter(expected))
+    prefix = next((key.removesuffix(probe) for key in tensors if key.endswith("." + probe)), "")
+    return {key.removeprefix(prefix): value for key, value in tensors.items()}
+
+
+def read_tensors(path: Path) -> Tensors:
+    """The weights of a .safetensors, .pth, .ckpt or .pt file, without running any code in it."""
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except Exception as error:  # SafetensorError has no public home
+            raise ModelError(f"{path}: not a safetensors file: {error}") from error
+    content = _read_pickle(path)
+    state = content.get("state_dict", content) if isinstance(content, dict) else None
+    if isinstance(state, dict):
+        tensors = {key: v for key, v in state.items() if isinstance(v, torch.Tensor)}
+        if tensors:
+            return tensors
+    raise ModelError(
+        f"{path}: no weights in it; expected a state dict, or a checkpoint with one under "
+        "`state_dict` (a whole pickled module cannot be read without running its code)"
+    )
+
+
+def _read_pickle(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        pass  # it holds more than tensors: read those, with everything else as stubs
+    except Exception as error:
+        raise ModelError(f"{path}: not a torch checkpoint: {error}") from error
+    dropped: set[str] = set()
+    try:
+        content = torch.load(
+            path, map_location="cpu", weights_only=False, pickle_module=_inert_pickle(dropped)
+        )
+    except Exception as error:
+        raise ModelError(
+            f"{path}: its tensors cannot be read without running code it holds ({error}); save "
+            "its state_dict alone, as .safetensors, where it was trained"
+        ) from error
+    log.warning("%s: left out objects of %s (not run)", path.name, ", ".join(sorted(dropped)))
+    return content
+
+
+# All that a state dict of plain tensors refers to; storages are resolved by torch before this.
+_HARMLESS = {
+    ("collections", "OrderedDict"),
+    ("torch._utils", "_rebuild_tensor"),
+    ("torch._utils", "_rebuild_tensor_v2"),
+    ("torch._utils", "_rebuild_parameter"),
+    ("torch", "Size"),
+    ("torch", "device"),
+}
+
+
+def _inert_pickle(dropped: set[str]) -> Any:
+    """A stand-in for the pickle module that builds tensors and replaces every other class by a stub."""
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> Any:
+            if (module, name) in _HARMLESS:
+                return super().find_class(module, name)
+            dropped.add(f"{module}.{name}")
+            return type(name.rsplit(".", 1)[-1], (_Stub,), {})
+
+    def load(file: Any, **options: Any) -> Any:
+        return Unpickler(file, **options).load()
+
+    return SimpleNamespace(Unpickler=Unpickler, load=load, __name__="kdcache.inert_pickle")
+
+
+class _Stub:
+    """Takes whatever a pickle does to an object, and does nothing."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> _Stub:
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __call__(self, *args: Any, **kwargs: Any) -> _Stub:
+        return self
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+    def append(self, value: Any) -> None:
+        pass
+
+    def extend(self, values: Any) -> None:
+        pass
+
+    def add(self, value: Any) -> None:
+        pass

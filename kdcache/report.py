@@ -1,0 +1,178 @@
+"""Results as text for people; `--json` prints the same reports for machines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kdcache.demo import DemoReport
+    from kdcache.precompute.extract import ExtractReport
+    from kdcache.train.export import ExportReport
+    from kdcache.train.loop import TrainReport
+
+_SKIPPED_SHOWN = 20
+
+
+def extract_text(report: ExtractReport) -> str:
+    pace = report.seconds / report.rows_added if report.rows_added else 0.0
+    size = report.bytes_added / report.rows_added if report.rows_added else 0.0
+    lines = [
+        f"{report.cache}: {report.rows_total} rows, {report.rows_added} added in "
+        f"{report.seconds:.1f} s on {report.device}"
+        + (f" ({pace:.2f} s and {megabytes(size)} a row)" if report.rows_added else "")
+    ]
+    if report.rows_found:
+        lines.append(f"{report.rows_found} rows were committed before and not computed again")
+    lines += [f"{count} images left out: {why}" for why, count in report.left_out.items() if count]
+    if report.skipped:
+        lines.append(f"{len(report.skipped)} images skipped:")
+        shown = list(report.skipped.items())[:_SKIPPED_SHOWN]
+        lines += [f"  {name}: {reason}" for name, reason in shown]
+        if len(report.skipped) > len(shown):
+            lines.append(f"  … all of them: kdcache info {report.cache}")
+    return "\n".join(lines)
+
+
+def info_text(info: Mapping[str, Any]) -> str:
+    stored = info["bytes"]
+    rows = max(info["rows"], 1)
+    splits = ", ".join(f"{count} {split}" for split, count in info["rows_by_split"].items())
+    lines = [
+        f"{info['path']}: {info['rows']} rows ({splits or 'empty'}), {info['samples']} samples at "
+        f"{info['size_px']} px, {info['shards']} shards",
+        "",
+    ]
+    parts = {name: stored[name] for name in ("image", "mask", "teacher_logits")}
+    parts |= {f"features {tap}": size for tap, size in stored["features"].items()}
+    table = [("part", "bytes", "a row")]
+    table += [(name, megabytes(size), megabytes(size / rows)) for name, size in parts.items()]
+    table.append(("total", megabytes(stored["total"]), megabytes(stored["total"] / rows)))
+    lines += [_table(table), ""]
+    for tap, ratio in info["features_ratio_vs_float32"].items():
+        shape = "×".join(str(n) for n in info["taps"][tap]["shape"])
+        precision = info["taps"][tap]["precision"]
+        lines.append(f"{tap}: {shape} as {precision}, {ratio:.2f}× smaller than float32")
+    lines += [f"{field}: {value}" for field, value in info["fingerprint"].items()]
+    if info["skipped"]:
+        lines.append(f"{len(info['skipped'])} images were skipped:")
+        lines += [f"  {name}: {reason}" for name, reason in info["skipped"].items()]
+    return "\n".join(lines)
+
+
+def train_text(report: TrainReport) -> str:
+    lines = [
+        f"{report.run}: {report.epochs} epochs in {report.seconds:.0f} s, "
+        f"best is epoch {report.best_epoch}"
+    ]
+    if report.metrics.get("val_student_miou") is not None:
+        lines.append(_scores({k.removeprefix("val_"): v for k, v in report.metrics.items()}))
+    lines.append(f"picture: {report.run}/visualizations/last.jpg")
+    return "\n".join(lines)
+
+
+def evaluate_text(scores: Mapping[str, Any]) -> str:
+    heading = (
+        f"{scores['rows']} rows of split {scores['split']}; KL at T = {scores['temperature']:g}"
+    )
+    return heading + "\n" + _scores(scores)
+
+
+def export_text(report: ExportReport) -> str:
+    worst = max(report.max_difference.values())
+    batches = " and ".join(str(batch) for batch in report.max_difference)
+    return (
+        f"{report.path}: {megabytes(report.size_bytes)}, {report.parameters / 1e6:.2f} M "
+        f"parameters; at batch {batches} ONNX Runtime is within {worst:.1g} of PyTorch's logits"
+    )
+
+
+def demo_text(report: DemoReport) -> str:
+    folder = report.folder
+    comparison: list[Sequence[str]] = [
+        ("on the validation scenes", "untrained student", "trained student", "teacher")
+    ]
+    for name, key, teacher in (
+        ("mIoU", "student_miou", report.trained["teacher_miou"]),
+        ("agreement with the teacher", "agreement", 1.0),
+        ("KL", "kl", None),
+    ):
+        values = (report.untrained[key], report.trained[key], teacher)
+        comparison.append((name, *("" if v is None else f"{v:.3f}" for v in values)))
+    return "\n".join(
+        [
+            "",
+            "The models of this demo are stand-ins: a detector with random weights in the form of "
+            "YOLOv9-E's layer 34,",
+            "a teacher that looks at colours, drawn scenes. The pipeline, cache and student are real.",
+            "",
+            "extract  " + extract_text(report.extraction),
+            "cache    " + ", ".join(_cache_facts(report.cache)),
+            f"train    {report.training.run}: {report.training.epochs} epochs in "
+            f"{report.training.seconds:.0f} s, no frozen model loaded",
+            "export   " + export_text(report.exported),
+            f"picture  {report.overlay}",
+            "",
+            _table(comparison),
+            "",
+            "With your own models and data:",
+            "  kdcache extract --images DIR --coco FILE --val-fraction 0.1 --yolo FILE.onnx "
+            "--teacher FILE --out my.zarr",
+            "  kdcache train my.zarr --out runs/first",
+            f"Look closer:  kdcache info {folder}/cache.zarr   "
+            f"kdcache evaluate {folder}/run {folder}/cache.zarr",
+        ]
+    )
+
+
+def megabytes(size_bytes: float) -> str:
+    """Bytes as kB, MB or GB (powers of 1000)."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
+        if size_bytes >= scale:
+            return f"{size_bytes / scale:.2f} {unit}"
+    return f"{size_bytes / 1e3:.1f} kB"
+
+
+def _cache_facts(info: Mapping[str, Any]) -> list[str]:
+    ratios = info["features_ratio_vs_float32"].values()
+    return [
+        megabytes(info["bytes"]["total"]),
+        f"{megabytes(info['bytes_per_row'])} a row",
+        *(f"features {ratio:.1f}× smaller than float32" for ratio in ratios),
+    ]
+
+
+_SCORE_NAMES = {
+    "student_miou": "student mIoU",
+    "teacher_miou": "teacher mIoU",
+    "iou_person_pooled": "student IoU of person, pooled",
+    "false_positive_rate": "false positives where no person is",
+    "agreement": "agreement with the teacher",
+    "kl": "KL",
+    "mse": "MSE",
+    "bce": "BCE",
+    "dice": "Dice",
+    "feature_loss": "feature loss",
+}
+
+
+def _scores(scores: Mapping[str, Any]) -> str:
+    return _table(
+        [
+            (label, f"{scores[name]:.4f}")
+            for name, label in _SCORE_NAMES.items()
+            if scores.get(name) is not None
+        ]
+    )
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    """Columns padded to their widest cell; the first flush left, the others flush right."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )

@@ -1,0 +1,119 @@
+"""Scoring a student on a split of a cache, against the masks and against the teacher."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdcache.cache.reader import Cache
+from kdcache.config import TrainConfig
+from kdcache.errors import RunError, device_memory
+from kdcache.train import losses
+from kdcache.train.loader import read_batches
+from kdcache.train.metrics import Segmentation, agreement
+from kdcache.train.run_folder import read_best_projection, read_best_student, read_config
+from kdcache.train.student import Student, resolve_device
+
+
+@torch.no_grad()
+def score(
+    student: Student,
+    projection: nn.Module | None,
+    cache: Cache,
+    rows: list[int],
+    config: TrainConfig,
+    *,
+    temperature: float,
+    device: str | torch.device,
+) -> dict[str, float | None]:
+    """Metrics and losses of a student over rows: means over images, so the batch size is irrelevant.
+
+    A value that the rows cannot give (no person, no label, no projection) is None.
+    """
+    student.eval()
+    taps = []
+    if projection is not None:
+        projection.eval()
+        taps = cache.taps
+    of_student, of_teacher = Segmentation(), Segmentation()
+    values: dict[str, list[float]] = defaultdict(list)
+    equal = pixels = 0
+    for batch in read_batches(cache, rows, config.batch_size, device, taps):
+        output = student(batch.image)
+        logits = output.logits.float()
+        projected = None if projection is None else projection(output.feature)
+        for n in range(len(batch.keys)):
+            ours, theirs, mask = logits[n], batch.logits[n], batch.mask[n]
+            of_student.add(ours[0], mask[0])
+            of_teacher.add(theirs[0], mask[0])
+            same, seen = agreement(ours, theirs, mask)
+            equal, pixels = equal + same, pixels + seen
+            for name, value in _losses(ours, theirs, mask, config, temperature).items():
+                values[name].append(value)
+            if projected is not None:
+                (target,) = batch.features.values()
+                loss = losses.FEATURE_LOSSES[config.feature_loss](
+                    projected[n : n + 1], target[n : n + 1]
+                )
+                values["feature_loss"].append(float(loss))
+    means = {name: math.fsum(values[name]) / len(values[name]) for name in values}
+    return {
+        "student_miou": _number(of_student.miou),
+        "teacher_miou": _number(of_teacher.miou),
+        "iou_person_pooled": of_student.iou_person_pooled,
+        "false_positive_rate": _number(of_student.false_positive_rate),
+        "agreement": equal / pixels if pixels else None,
+        **{name: means.get(name) for name in ("kl", "mse", "bce", "dice", "feature_loss")},
+    }
+
+
+def evaluate(run: Path, cache: Cache, split: str = "val", device: str = "auto") -> dict[str, Any]:
+    """Score a run's best student on a split. The KL loss uses the run's final temperature.
+
+    Raises RunError when the run has no student or the cache no rows of the split.
+    """
+    config, on = read_config(run), resolve_device(device)
+    student, metadata = read_best_student(run)
+    if metadata["size_px"] != cache.manifest.size_px:
+        raise RunError(
+            f"{run} was trained at {metadata['size_px']} px, {cache.path} holds "
+            f"{cache.manifest.size_px} px; evaluate on a cache of the same size"
+        )
+    rows = cache.rows_of(split)
+    if not rows:
+        splits = ", ".join(sorted({key.split for key in cache.keys})) or "none"
+        raise RunError(f"{cache.path} has no rows of split {split!r}; it has {splits}: use --split")
+    projection = read_best_projection(run, student)
+    with device_memory("evaluating", "use --device cpu"):
+        scores = score(
+            student.to(on),
+            None if projection is None else projection.to(on),
+            cache,
+            rows,
+            config,
+            temperature=config.last_temperature,
+            device=on,
+        )
+    return {"split": split, "rows": len(rows), "temperature": config.last_temperature, **scores}
+
+
+def _losses(
+    student: Tensor, teacher: Tensor, mask: Tensor, config: TrainConfig, temperature: float
+) -> dict[str, float]:
+    """The output losses of one image, (1, H, W) each; BCE and Dice only where it has labels."""
+    values = {
+        "kl": losses.kl(student, teacher, mask, temperature=temperature, scale=config.kl_scale),
+        "mse": losses.mse(student, teacher, mask),
+    }
+    if losses.labelled(mask).any():
+        values |= {"bce": losses.bce(student, mask), "dice": losses.dice(student, mask)}
+    return {name: float(value) for name, value in values.items()}
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else value

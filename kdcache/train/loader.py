@@ -1,0 +1,105 @@
+"""Batches from a cache: rows read and decoded in threads, a bounded number of batches ahead."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kdcache.cache.format import IMAGE, LOGITS, MASK, RowKey
+from kdcache.cache.reader import Cache
+from kdcache.train.student import normalised
+
+# Batches read ahead of the step that uses them; each costs its decoded size in memory.
+_AHEAD = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """N rows on one device."""
+
+    image: Tensor  # (N, 3, H, W) float32, ImageNet-normalised
+    mask: Tensor  # (N, 1, H, W) uint8: 0 background, 1 person, 254 padding, 255 ignore
+    logits: Tensor  # (N, 1, H, W) float32, the teacher's
+    features: dict[str, Tensor]  # tap to (N, C, h, w) float32
+    keys: list[RowKey]
+
+
+def batches(
+    cache: Cache,
+    batch_size: int = 4,
+    device: str | torch.device = "cpu",
+    *,
+    split: str = "train",
+    taps: Sequence[str] | None = None,
+    shuffle: bool = True,
+    seed: int = 0,
+    epoch: int = 0,
+    workers: int = 2,
+) -> Iterator[Batch]:
+    """One epoch over a split: every row once, in an order that (seed, epoch) decides.
+
+    `taps` names the feature maps to read; None is all of them, an empty list reads no feature
+    byte. The last batch may be smaller.
+    """
+    rows = cache.rows_of(split)
+    if shuffle:
+        rows = [rows[i] for i in np.random.default_rng([seed, epoch]).permutation(len(rows))]
+    return read_batches(
+        cache, rows, batch_size, device, cache.taps if taps is None else taps, workers
+    )
+
+
+def read_batches(
+    cache: Cache,
+    rows: Sequence[int],
+    batch_size: int,
+    device: str | torch.device,
+    taps: Sequence[str],
+    workers: int = 2,
+) -> Iterator[Batch]:
+    """The given rows in the given order."""
+    waiting: deque[tuple[Sequence[int], list[Future[_Parts]]]] = deque()
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="loader")
+    try:
+        for start in range(0, len(rows), batch_size):
+            chosen = rows[start : start + batch_size]
+            waiting.append((chosen, [pool.submit(_read_row, cache, row, taps) for row in chosen]))
+            if len(waiting) > _AHEAD:
+                yield _collate(cache, *waiting.popleft(), device)
+        while waiting:
+            yield _collate(cache, *waiting.popleft(), device)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_Parts = dict[str, NDArray[np.generic]]
+
+
+def _read_row(cache: Cache, row: int, taps: Sequence[str]) -> _Parts:
+    parts = {name: cache.read(row, name) for name in (IMAGE, MASK, LOGITS)}
+    return parts | {tap: cache.decode_features(row, cache.tap(tap)) for tap in taps}
+
+
+def _collate(
+    cache: Cache, rows: Sequence[int], parts: list[Future[_Parts]], device: str | torch.device
+) -> Batch:
+    columns = [future.result() for future in parts]
+    stacked = {
+        name: torch.from_numpy(np.stack([part[name] for part in columns])).to(device)
+        for name in columns[0]
+    }
+    image, mask, logits = (stacked.pop(name) for name in (IMAGE, MASK, LOGITS))
+    return Batch(
+        image=normalised(image),
+        mask=mask[:, None],
+        logits=logits[:, None].float(),
+        features=stacked,
+        keys=[cache.keys[row] for row in rows],
+    )
