@@ -40,8 +40,10 @@ def save_detector(path: Path, channels: int = 512, seed: int = 0) -> None:
         scale = np.sqrt(2 / (9 * width_in))
         weight = rng.normal(0, scale, (width_out, width_in, 3, 3)).astype(np.float32)
         weights.append(numpy_helper.from_array(weight, f"weight_{level}"))
-        inputs, attributes = [name, f"weight_{level}"], {"strides": [2, 2], "pads": [1] * 4}
-        nodes.append(helper.make_node("Conv", inputs, [f"conv_{level}"], **attributes))
+        inputs = [name, f"weight_{level}"]
+        nodes.append(
+            helper.make_node("Conv", inputs, [f"conv_{level}"], strides=[2, 2], pads=[1] * 4)
+        )
         nodes.append(helper.make_node("Relu", [f"conv_{level}"], [f"relu_{level}"]))
         name = f"relu_{level}"
     scales = numpy_helper.from_array(np.array([1, 1, 2, 2], np.float32), "scales")
@@ -78,8 +80,8 @@ def save_teacher(path: Path) -> None:
         ),
     ]
     weights = [numpy_helper.from_array(kernel, "kernel"), numpy_helper.from_array(bias, "bias")]
-    inputs, outputs = ["N", 3, "H", "W"], ["N", 1, "H", "W"]
-    _save(path, "teacher", nodes, [_tensor("input", inputs)], [_tensor("logits", outputs)], weights)
+    inputs, outputs = _tensor("input", ["N", 3, "H", "W"]), _tensor("logits", ["N", 1, "H", "W"])
+    _save(path, "teacher", nodes, [inputs], [outputs], weights)
 
 
 def save_scenes(folder: Path, count: int, height: int, width: int, seed: int = 0) -> None:
