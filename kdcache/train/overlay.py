@@ -17,7 +17,7 @@ from kdcache.train.student import Student
 U8 = NDArray[np.uint8]
 
 _COLUMNS = ("photo", "mask", "teacher", "student")
-_TINT = np.array([30, 200, 90], np.float32)
+_OUTSIDE = 0.3  # brightness of what is not a person, so that any colour of clothes stands out
 _IGNORED_TINT = np.array([240, 180, 20], np.float32)
 _TITLE_PX = 18
 _CELL_PX = 240
@@ -27,7 +27,7 @@ _CELL_PX = 240
 def save_overlay(
     path: Path, student: Student, cache: Cache, rows: list[int], device: str, count: int = 4
 ) -> None:
-    """Write a JPEG of the first `count` rows: person in green, ignored pixels in yellow."""
+    """Write a JPEG of the first `count` rows: background darkened, ignored pixels in yellow."""
     student.eval()
     strips = []
     for batch in read_batches(cache, rows[:count], 1, device, taps=[]):
@@ -35,12 +35,12 @@ def save_overlay(
         image, mask = cache[index].image, cache[index].mask
         teacher = batch.logits[0, 0].cpu().numpy() > 0
         predicted = student(batch.image).logits[0, 0].float().cpu().numpy() > 0
-        nothing = np.zeros_like(predicted)
+        nowhere, everywhere = np.zeros_like(predicted), np.ones_like(predicted)
         cells = [
-            _cell(image, nothing, nothing),
+            _cell(image, everywhere, nowhere),
             _cell(image, mask == PERSON, mask == IGNORE),
-            _cell(image, teacher, nothing),
-            _cell(image, predicted, nothing),
+            _cell(image, teacher, nowhere),
+            _cell(image, predicted, nowhere),
         ]
         strips.append(np.concatenate(cells, axis=1))
     sheet = Image.fromarray(np.concatenate([_titles(strips[0].shape[1]), *strips]))
@@ -50,7 +50,7 @@ def save_overlay(
 
 def _cell(image: NDArray[np.generic], person: NDArray[np.bool_], ignored: NDArray[np.bool_]) -> U8:
     tinted = image.astype(np.float32)
-    tinted[person] = 0.5 * tinted[person] + 0.5 * _TINT
+    tinted[~person] *= _OUTSIDE
     tinted[ignored] = 0.5 * tinted[ignored] + 0.5 * _IGNORED_TINT
     cell = Image.fromarray(tinted.astype(np.uint8)).resize((_CELL_PX, _CELL_PX))
     return np.pad(np.asarray(cell), ((2, 2), (2, 2), (0, 0)), constant_values=255)

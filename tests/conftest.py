@@ -1,0 +1,114 @@
+"""Shared fixtures: small stand-ins, a cache extracted from them, and the real data where it lies."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kdcache.cache import codecs
+from kdcache.cache.format import IMAGE, LOGITS, MASK, ROWS, Manifest, RowKey, TapSpec, describe_row
+from kdcache.cache.reader import Cache
+from kdcache.config import ExtractConfig
+from kdcache.precompute.dataset import folder_dataset
+from kdcache.precompute.extract import ExtractReport, extract
+from kdcache.standins import save_detector, save_scenes, save_teacher
+
+SIZE = 64
+SCENES = 10
+CHANNELS = 8  # half of the tap's
+
+
+@pytest.fixture(scope="session")
+def realdata() -> Path:
+    """The folder of real photos and models; tests that need it skip where it is absent."""
+    default = Path(__file__).parents[2] / "shared" / "realdata"
+    folder = Path(os.environ.get("KDCACHE_REALDATA", default))
+    if not folder.is_dir():
+        pytest.skip(f"no real data at {folder}")
+    return folder
+
+
+@dataclass(frozen=True)
+class Standins:
+    """Stand-in models and scenes on disk."""
+
+    folder: Path
+
+    @property
+    def detector(self) -> Path:
+        return self.folder / "detector.onnx"
+
+    @property
+    def teacher(self) -> Path:
+        return self.folder / "teacher.onnx"
+
+    @property
+    def images(self) -> Path:
+        return self.folder / "images"
+
+    @property
+    def masks(self) -> Path:
+        return self.folder / "masks"
+
+    def config(self, **changes: object) -> ExtractConfig:
+        settings = {
+            "yolo_onnx_path": self.detector,
+            "teacher_checkpoint": self.teacher,
+            "size": SIZE,
+            "val_fraction": 0.3,
+            "shard_rows": 3,
+        }
+        return ExtractConfig(**(settings | changes))
+
+    def extract(self, out: Path, *, limit: int | None = None, **changes: object) -> ExtractReport:
+        dataset = folder_dataset(self.images, self.masks)
+        return extract(self.config(**changes), dataset, out, device="cpu", limit=limit)
+
+
+@pytest.fixture(scope="session")
+def standins(tmp_path_factory: pytest.TempPathFactory) -> Standins:
+    folder = tmp_path_factory.mktemp("standins")
+    save_detector(folder / "detector.onnx", channels=CHANNELS)
+    save_teacher(folder / "teacher.onnx")
+    save_scenes(folder, SCENES, 90, 120)
+    return Standins(folder)
+
+
+@pytest.fixture(scope="session")
+def cache(standins: Standins, tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    """A cache of the stand-in scenes, never to be written to."""
+    path = tmp_path_factory.mktemp("cache") / "scenes.zarr"
+    standins.extract(path)
+    return Cache(path)
+
+
+TAP = TapSpec(name="/head/Concat_output_0", precision="int8", shape=(6, 4, 4))
+MANIFEST = Manifest(
+    size_px=32,
+    shard_rows=3,
+    logits_dtype="float16",
+    taps=(TAP,),
+    fingerprint={"yolo_sha256": "aaaa", "size": "32"},
+    versions={"numpy": np.__version__},
+)
+
+
+def make_row(
+    number: int, split: str = "train", manifest: Manifest = MANIFEST
+) -> tuple[RowKey, dict[str, np.ndarray]]:
+    """A row of random content that depends on its number alone."""
+    rng = np.random.default_rng(number)
+    size, (tap,) = manifest.size_px, manifest.taps
+    key = RowKey(split, f"photos/{number}.jpg", 0)
+    encoded = codecs.encode(rng.normal(size=tap.shape).astype(np.float32), tap.precision)
+    return key, {
+        IMAGE: rng.integers(0, 256, (size, size, 3), np.uint8),
+        MASK: rng.integers(0, 2, (size, size), np.uint8),
+        LOGITS: rng.normal(size=(size, size)).astype(manifest.logits_dtype),
+        ROWS: describe_row(key, {"source_bytes": number}),
+        **{f"{tap.folder}/{name}": array for name, array in encoded.items()},
+    }

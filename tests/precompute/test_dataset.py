@@ -1,0 +1,153 @@
+"""Pairing, COCO selection and rasterising, the split."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from kdcache.errors import DatasetError, SampleError
+from kdcache.imaging import IGNORE
+from kdcache.precompute.dataset import coco_dataset, folder_dataset, rasterise, split_of
+
+
+def save(path, value=0, size=(6, 4)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", size, value).save(path)
+
+
+def test_images_pair_with_masks_of_exactly_their_stem_and_folder(tmp_path):
+    for name in ("1", "10", "11", "sub/1"):
+        save(tmp_path / "images" / f"{name}.jpg")
+        save(tmp_path / "masks" / f"{name}.png")
+    (tmp_path / "images/notes.txt").write_text("not an image")
+    samples = folder_dataset(tmp_path / "images", tmp_path / "masks").samples
+    pairs = {s.sample_id: s.mask_path.relative_to(tmp_path / "masks").as_posix() for s in samples}
+    assert pairs == {f"{n}.jpg": f"{n}.png" for n in ("1", "10", "11", "sub/1")}
+
+
+def test_unpaired_files_of_both_kinds_are_named(tmp_path):
+    save(tmp_path / "images/a.jpg")
+    save(tmp_path / "images/b.jpg")
+    save(tmp_path / "masks/b.png")
+    save(tmp_path / "masks/c.png")
+    with pytest.raises(DatasetError, match=r"1 images \(a\).*1 images \(c\)"):
+        folder_dataset(tmp_path / "images", tmp_path / "masks")
+
+
+def test_two_files_of_one_stem_are_refused(tmp_path):
+    save(tmp_path / "images/a.jpg")
+    save(tmp_path / "images/a.png")
+    save(tmp_path / "masks/a.png")
+    with pytest.raises(DatasetError, match="differ only in their suffix"):
+        folder_dataset(tmp_path / "images", tmp_path / "masks")
+
+
+def test_empty_and_missing_folders_are_refused(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DatasetError, match="no image in it"):
+        folder_dataset(tmp_path / "empty", tmp_path / "empty")
+    with pytest.raises(DatasetError, match="no such folder"):
+        folder_dataset(tmp_path / "absent", tmp_path / "empty")
+
+
+@pytest.mark.parametrize(("size", "hint"), [((4, 4), "4×4"), ((4, 6), "rotate the mask")])
+def test_mask_of_another_size_is_refused(tmp_path, size, hint):
+    save(tmp_path / "images/a.jpg")
+    save(tmp_path / "masks/a.png", size=size)
+    (sample,) = folder_dataset(tmp_path / "images", tmp_path / "masks").samples
+    with pytest.raises(SampleError, match=hint):
+        sample.mask(4, 6)
+
+
+SQUARE = [[1.0, 1.0, 5.0, 1.0, 5.0, 4.0, 1.0, 4.0]]
+
+
+def coco(tmp_path, annotations, images=2, categories=("person", "dog")):
+    document = {
+        "images": [
+            {"id": i, "file_name": f"{i}.jpg", "height": 8, "width": 10} for i in range(images)
+        ],
+        "categories": [{"id": n + 1, "name": name} for n, name in enumerate(categories)],
+        "annotations": annotations,
+    }
+    for number in range(images):
+        save(tmp_path / f"images/{number}.jpg", size=(10, 8))
+    (tmp_path / "coco.json").write_text(json.dumps(document))
+    return tmp_path / "images", tmp_path / "coco.json"
+
+
+def person(image_id, segmentation, **fields):
+    return {"image_id": image_id, "category_id": 1, "segmentation": segmentation} | fields
+
+
+def test_coco_takes_images_with_a_person_and_counts_the_rest(tmp_path):
+    paths = coco(tmp_path, [person(0, SQUARE), person(1, SQUARE, category_id=2)])
+    dataset = coco_dataset(*paths)
+    assert [s.sample_id for s in dataset.samples] == ["0.jpg"]
+    assert dataset.left_out == {"no person in it": 1}
+    assert len(coco_dataset(*paths, all_images=True).samples) == 2
+
+
+def test_other_categories_do_not_become_people(tmp_path):
+    paths = coco(tmp_path, [person(0, SQUARE), person(0, [[6, 5, 9, 5, 9, 7]], category_id=2)])
+    mask = coco_dataset(*paths).samples[0].mask(8, 10)
+    assert mask[2, 2] == 1
+    assert not mask[5:, 6:].any()
+
+
+def test_image_with_only_a_crowd_is_left_out(tmp_path):
+    crowd = {"size": [8, 10], "counts": [0, 80]}
+    paths = coco(tmp_path, [person(0, SQUARE), person(1, crowd, iscrowd=1)])
+    assert [s.sample_id for s in coco_dataset(*paths).samples] == ["0.jpg"]
+
+
+def test_polygons_and_both_run_lengths_give_one_mask():
+    reference = np.zeros((8, 10), np.uint8)
+    reference[1:4, 1:5] = 1
+    compressed = coco_mask.encode(np.asfortranarray(reference))
+    counts = [9, 3, 5, 3, 5, 3, 5, 3, 44]
+    for segmentation in (SQUARE, compressed, {"size": [8, 10], "counts": counts}):
+        assert np.array_equal(rasterise([{"segmentation": segmentation}], 8, 10), reference)
+
+
+def test_crowd_becomes_ignore_but_people_in_it_stay():
+    everywhere = {"size": [8, 10], "counts": [0, 80]}
+    mask = rasterise([{"segmentation": SQUARE}, {"segmentation": everywhere, "iscrowd": 1}], 8, 10)
+    assert mask[2, 2] == 1
+    assert mask[7, 9] == IGNORE
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("[1]", "not a JSON object"), ("{}", "images or annotations or categories"), ("{", "JSON")],
+)
+def test_files_that_are_not_coco_are_refused(tmp_path, text, message):
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(DatasetError, match=message):
+        coco_dataset(tmp_path, tmp_path / "x.json")
+
+
+def test_coco_without_person_category_or_files_is_refused(tmp_path):
+    images, file = coco(tmp_path, [person(0, SQUARE)], categories=("cat", "dog"))
+    with pytest.raises(DatasetError, match="no category 'person'; it has cat, dog"):
+        coco_dataset(images, file)
+    images, file = coco(tmp_path, [person(0, SQUARE)])
+    (tmp_path / "elsewhere").mkdir()
+    with pytest.raises(DatasetError, match="point --images"):
+        coco_dataset(tmp_path / "elsewhere", file)
+
+
+def test_split_depends_on_the_id_alone_and_keeps_the_share():
+    ids = [f"{n}.jpg" for n in range(2000)]
+    first = [split_of(name, 0.2, 0) for name in ids]
+    assert first == [split_of(name, 0.2, 0) for name in ids]
+    assert first != [split_of(name, 0.2, 1) for name in ids]
+    assert 0.17 < first.count("val") / len(ids) < 0.23
+    assert {split_of(name, 0.0, 0) for name in ids} == {"train"}
+    # a larger share only moves images into val, never out
+    larger = [split_of(name, 0.4, 0) for name in ids]
+    assert all(new == "val" for old, new in zip(first, larger, strict=True) if old == "val")

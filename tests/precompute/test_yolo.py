@@ -1,0 +1,172 @@
+"""The detector: taps inside the graph, its inputs, and refusals."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from kdcache.errors import ModelError, ProviderError
+from kdcache.precompute import onnx_session
+from kdcache.precompute.yolo import Yolo, tapped, yolo_input
+from kdcache.standins import TAP
+
+
+def open_yolo(path, **changes):
+    settings = {"tap": TAP, "expects": "rgb01", "device": "cpu", "size_px": 64}
+    return Yolo(path, **(settings | changes))
+
+
+def save_identity(path, batch="N", dtype=TensorProto.FLOAT, channels=3):
+    """A detector whose tap is its input, average-pooled to an eighth: exact to check."""
+    shape = [batch, channels, "H", "W"]
+    node = helper.make_node("AveragePool", ["x"], ["pooled"], kernel_shape=[8, 8], strides=[8, 8])
+    graph = helper.make_graph(
+        [node],
+        "identity",
+        [helper.make_tensor_value_info("x", dtype, shape)],
+        [helper.make_tensor_value_info("pooled", dtype, [batch, channels, "h", "w"])],
+    )
+    opset = helper.make_opsetid("", 17)
+    onnx.save(helper.make_model(graph, opset_imports=[opset], ir_version=8), path)
+
+
+def random_images(count):
+    return np.random.default_rng(0).integers(0, 256, (count, 64, 64, 3), np.uint8)
+
+
+def test_inner_tap_gives_what_the_whole_graph_computes(standins):
+    model = onnx.load(standins.detector)
+    model.graph.output.append(onnx.ValueInfoProto(name=TAP))
+    images = random_images(2)
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    (reference,) = session.run([TAP], {"images": yolo_input(images, "rgb01")})
+    yolo = open_yolo(standins.detector)
+    assert yolo.feature_shape == (16, 8, 8)
+    assert np.allclose(yolo.features(images), reference, atol=1e-5)
+    # the stand-in is true in structure: the first half repeats each value in 2×2 blocks
+    upsampled = reference[:, :8]
+    assert np.array_equal(upsampled, upsampled[:, :, ::2, ::2].repeat(2, 2).repeat(2, 3))
+
+
+def test_nodes_behind_the_tap_are_cut(standins):
+    cut = tapped(onnx.load(standins.detector), TAP, standins.detector)
+    assert [output.name for output in cut.graph.output] == [TAP]
+    assert "head" not in {i.name for i in cut.graph.initializer}
+    assert cut.graph.node[-1].op_type == "Concat"
+
+
+def test_cut_keeps_what_an_if_body_takes_from_outside(tmp_path):
+    """A branch reads `doubled`, which no node lists as its input."""
+    branches = [
+        helper.make_graph(
+            [helper.make_node(kind, ["doubled"], [f"out_{kind}"])],
+            kind,
+            [],
+            [helper.make_tensor_value_info(f"out_{kind}", TensorProto.FLOAT, None)],
+        )
+        for kind in ("Relu", "Neg")
+    ]
+    nodes = [
+        helper.make_node("Add", ["x", "x"], ["doubled"]),
+        helper.make_node("If", ["yes"], ["tap"], then_branch=branches[0], else_branch=branches[1]),
+        helper.make_node("Neg", ["tap"], ["end"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 3, "H", "W"])],
+        [helper.make_tensor_value_info("end", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(np.array(True), "yes")],
+    )
+    opset = helper.make_opsetid("", 17)
+    onnx.save(helper.make_model(graph, opset_imports=[opset], ir_version=8), tmp_path / "g.onnx")
+    features = open_yolo(tmp_path / "g.onnx", tap="tap").features(random_images(1))
+    assert np.allclose(features, 2 * yolo_input(random_images(1), "rgb01"))
+
+
+@pytest.mark.parametrize(
+    ("expects", "expected"),
+    [
+        ("rgb01", [0, 0.2, 1]),
+        ("bgr01", [1, 0.2, 0]),
+        ("rgb255", [0, 51, 255]),
+        ("bgr255", [255, 51, 0]),
+    ],
+)
+def test_channel_order_and_range(expects, expected):
+    pixel = np.array([0, 51, 255], np.uint8).reshape(1, 1, 1, 3)
+    assert np.allclose(yolo_input(pixel, expects).ravel(), expected)
+
+
+@pytest.mark.parametrize("batch", ["N", 1, 2, 3])
+@pytest.mark.parametrize("dtype", [TensorProto.FLOAT, TensorProto.FLOAT16])
+def test_fixed_batch_and_half_inputs_give_the_same_features(tmp_path, batch, dtype):
+    save_identity(tmp_path / "m.onnx", batch, dtype)
+    images = random_images(5)
+    features = open_yolo(tmp_path / "m.onnx", tap="pooled").features(images)
+    blocks = images.transpose(0, 3, 1, 2).reshape(5, 3, 8, 8, 8, 8) / 255
+    assert features.dtype == np.float32
+    assert np.allclose(features, blocks.mean((3, 5)), atol=2e-3)
+
+
+def test_missing_tap_names_the_nearest(standins):
+    with pytest.raises(
+        ModelError, match=f"no tensor 'segmentation_model_34_Concat'.*nearest: {TAP}"
+    ):
+        open_yolo(standins.detector, tap="segmentation_model_34_Concat")
+
+
+def test_tap_that_is_no_grid_of_the_input_says_what_came(standins, tmp_path):
+    weights = numpy_helper.from_array(np.zeros((2, 3, 5, 5), np.float32), "w")
+    node = helper.make_node("Conv", ["x", "w"], ["valid"])
+    graph = helper.make_graph(
+        [node],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 3, "H", "W"])],
+        [helper.make_tensor_value_info("valid", TensorProto.FLOAT, None)],
+        [weights],
+    )
+    opset = helper.make_opsetid("", 17)
+    onnx.save(helper.make_model(graph, opset_imports=[opset], ir_version=8), tmp_path / "g.onnx")
+    with pytest.raises(ModelError, match="2×60×60 for a 64×64"):
+        open_yolo(tmp_path / "g.onnx", tap="valid")
+
+
+def test_input_of_another_size_or_kind_is_refused(tmp_path):
+    save_identity(tmp_path / "m.onnx", channels=1)
+    with pytest.raises(ModelError, match=r"\(N, 3, 64, 64\), x is tensor\(float\) \['N', 1"):
+        open_yolo(tmp_path / "m.onnx", tap="pooled")
+
+
+def test_files_that_are_no_model_are_refused(tmp_path):
+    with pytest.raises(ModelError, match="no such model file"):
+        open_yolo(tmp_path / "absent.onnx")
+    (tmp_path / "text.onnx").write_text("hello")
+    with pytest.raises(ModelError, match="not an ONNX model"):
+        open_yolo(tmp_path / "text.onnx")
+
+
+def test_provider_that_is_not_there_or_not_active_is_an_error(standins, monkeypatch):
+    """ONNX Runtime only logs that it fell back to the CPU."""
+    monkeypatch.setattr(
+        onnx_session.onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"]
+    )
+    with pytest.raises(ProviderError, match="no CUDAExecutionProvider"):
+        open_yolo(standins.detector, device="cuda")
+    monkeypatch.undo()
+
+    class FellBack:
+        def get_providers(self):
+            return ["CPUExecutionProvider"]
+
+    monkeypatch.setattr(
+        onnx_session.onnxruntime,
+        "get_available_providers",
+        lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"],
+    )
+    monkeypatch.setattr(onnx_session.onnxruntime, "InferenceSession", lambda *a, **k: FellBack())
+    with pytest.raises(ProviderError, match="did not start, .* would run on CPUExecutionProvider"):
+        open_yolo(standins.detector, device="cuda")

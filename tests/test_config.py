@@ -1,0 +1,73 @@
+"""Settings: sources, types, and helpful refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kdcache.config import DEFAULT_CONFIG, ExtractConfig, TrainConfig, load
+from kdcache.errors import ConfigError
+
+
+def test_defaults_are_the_design_documents():
+    train, extract = load(TrainConfig, DEFAULT_CONFIG), load(ExtractConfig, DEFAULT_CONFIG)
+    weights = (1.0, 0.5, 0.5, 1.0, 0.5)
+    names = ("kl", "mse", "bce", "dice", "feature")
+    assert tuple(getattr(train, f"{name}_weight") for name in names) == weights
+    assert (train.learning_rate, train.batch_size, train.epochs) == (1e-4, 4, 50)
+    assert (train.temperature, train.projection_hidden_dim) == (3.0, 768)
+    assert train.student_encoder == "timm-efficientnet-b0"
+    assert extract.yolo_target_layer == "segmentation_model_34_Concat_output_0"
+    assert (extract.size, extract.precision, extract.shard_rows) == (640, "int8", 32)
+
+
+def test_later_sources_win_and_one_file_serves_both_stages(tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text('epochs = 7\nbatch_size = 2\nyolo_target_layer = "/model.14/Concat_output_0"\n')
+    config = load(
+        TrainConfig, str(file), ["batch_size=8", "kl_scale=T2"], {"epochs": None, "seed": 3}
+    )
+    assert (config.epochs, config.batch_size, config.kl_scale, config.seed) == (7, 8, "T2", 3)
+    assert load(ExtractConfig, str(file)).yolo_target_layer == "/model.14/Concat_output_0"
+
+
+def test_resolved_settings_read_back(tmp_path):
+    config = TrainConfig(min_lr=1e-7, mixed_precision=True, encoder_weights='a "quoted" path')
+    (tmp_path / "c.toml").write_text(config.to_toml())
+    assert load(TrainConfig, str(tmp_path / "c.toml")) == config
+
+
+@pytest.mark.parametrize(
+    ("assignments", "message"),
+    [
+        (["feature_wieght=1"], "unknown setting 'feature_wieght'; nearest known: feature_weight"),
+        (["epochs=many"], "epochs = 'many'"),
+        (["epochs=0"], "epochs = 0.*greater"),
+        (["epochs"], "expected key=value"),
+        (["optimizer=SGD"], "AdamW"),
+        (["temperature=-1"], "temperature = -1"),
+    ],
+)
+def test_bad_settings_are_refused_by_name(assignments, message):
+    with pytest.raises(ConfigError, match=message):
+        load(TrainConfig, assignments=assignments)
+
+
+@pytest.mark.parametrize(("size", "offer"), [(650, "640 or 672"), (20, "use 32")])
+def test_size_must_be_a_multiple_of_32(size, offer):
+    with pytest.raises(ConfigError, match=f"{size}.*multiple of 32.*{offer}"):
+        load(ExtractConfig, flags={"size": size})
+
+
+def test_missing_and_broken_files_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match=f"no such file.*{DEFAULT_CONFIG}"):
+        load(TrainConfig, str(tmp_path / "absent.toml"))
+    (tmp_path / "broken.toml").write_text("epochs = = 3")
+    with pytest.raises(ConfigError, match="not valid TOML"):
+        load(TrainConfig, str(tmp_path / "broken.toml"))
+
+
+def test_a_path_is_a_string_without_quotes():
+    config = load(ExtractConfig, assignments=["teacher_checkpoint=ext_extractor/2020-09-23a.pth"])
+    assert config.teacher_checkpoint == Path("ext_extractor/2020-09-23a.pth")
