@@ -29,7 +29,7 @@ SCENE_SIZE_PX = (180, 240)  # (height, width): unlike the input, so that resizin
 
 # From random weights (there is no download in a demo) the decoder needs larger steps than 1e-4.
 TRAINING = TrainConfig(
-    encoder_weights="random", epochs=8, batch_size=4, learning_rate=3e-3, min_lr=1e-4
+    encoder_weights="random", epochs=6, batch_size=4, learning_rate=3e-3, min_lr=1e-4
 )
 _MARKER = ".kdcache-demo"
 

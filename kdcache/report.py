@@ -15,6 +15,7 @@ _SKIPPED_SHOWN = 20
 
 
 def extract_text(report: ExtractReport) -> str:
+    """What an extraction did: rows, pace, what was left out, what was skipped and why."""
     pace = report.seconds / report.rows_added if report.rows_added else 0.0
     size = report.bytes_added / report.rows_added if report.rows_added else 0.0
     lines = [
@@ -35,6 +36,7 @@ def extract_text(report: ExtractReport) -> str:
 
 
 def info_text(info: Mapping[str, Any]) -> str:
+    """What a cache holds and costs, as `describe` found it."""
     stored = info["bytes"]
     rows = max(info["rows"], 1)
     splits = ", ".join(f"{count} {split}" for split, count in info["rows_by_split"].items())
@@ -61,6 +63,7 @@ def info_text(info: Mapping[str, Any]) -> str:
 
 
 def train_text(report: TrainReport) -> str:
+    """Where a run is and what its best epoch scores."""
     lines = [
         f"{report.run}: {report.epochs} epochs in {report.seconds:.0f} s, "
         f"best is epoch {report.best_epoch}"
@@ -72,6 +75,7 @@ def train_text(report: TrainReport) -> str:
 
 
 def evaluate_text(scores: Mapping[str, Any]) -> str:
+    """The scores of a run, one a line."""
     heading = (
         f"{scores['rows']} rows of split {scores['split']}; KL at T = {scores['temperature']:g}"
     )
@@ -79,6 +83,7 @@ def evaluate_text(scores: Mapping[str, Any]) -> str:
 
 
 def export_text(report: ExportReport) -> str:
+    """The exported file, its size, and how far ONNX Runtime is from PyTorch."""
     worst = max(report.max_difference.values())
     batches = " and ".join(str(batch) for batch in report.max_difference)
     return (
@@ -88,6 +93,7 @@ def export_text(report: ExportReport) -> str:
 
 
 def demo_text(report: DemoReport) -> str:
+    """The demo's steps, and the untrained against the trained student."""
     folder = report.folder
     comparison: list[Sequence[str]] = [
         ("on the validation scenes", "untrained student", "trained student", "teacher")

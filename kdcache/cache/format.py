@@ -186,6 +186,7 @@ class Commit:
 
 
 def commit_path(cache: Path, shard: int) -> Path:
+    """Where the commit record of a shard lies."""
     return cache / "commits" / f"{shard:06d}" / "zarr.json"
 
 
@@ -237,6 +238,7 @@ def signed(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_signature(record: Mapping[str, Any], path: Path) -> None:
+    """Raise CacheError when a signed record of the file at `path` is not what was signed."""
     rest = {key: value for key, value in record.items() if key != "sha256"}
     if record.get("sha256") != _digest(rest):
         raise CacheError(

@@ -118,6 +118,7 @@ def save_epoch(run: Path, state: State, config: TrainConfig, cache: Cache) -> No
 
 
 def write_metrics(run: Path, state: State) -> None:
+    """Write metrics.jsonl anew from the history, so that a resume leaves no line twice."""
     lines = (json.dumps(metrics) + "\n" for metrics in state.history)
     write_atomic(run / "metrics.jsonl", "".join(lines).encode())
 
@@ -141,6 +142,7 @@ def restore(run: Path, state: State) -> None:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint, on the CPU, without running code in it."""
     try:
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:

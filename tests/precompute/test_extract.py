@@ -176,9 +176,9 @@ def test_strict_stops_at_the_first_bad_file(standins, spoilt, tmp_path):
 
 
 def test_row_whose_features_cannot_be_stored_is_skipped(standins, tmp_path, monkeypatch):
-    encode = engine.codecs.encode
+    encode, calls = engine.codecs.encode, iter(range(99))
 
-    def refuse_one(feature, precision, calls=iter(range(99))):
+    def refuse_one(feature, precision):
         if next(calls) == 2:
             raise SampleError("feature channel 7 is not finite")
         return encode(feature, precision)

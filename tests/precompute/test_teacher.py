@@ -169,5 +169,5 @@ def test_standin_teacher_is_its_known_function(standins):
 
 
 def test_teacher_that_gives_no_logit_a_pixel_is_refused(standins):
-    with pytest.raises(ModelError, match=r"gives \(1, 4, 4, 4\).*expected one logit a pixel"):
+    with pytest.raises(ModelError, match=r"gives \(1, 4, 8, 8\).*expected one logit a pixel"):
         Teacher(standins.detector, encoder="", device="cpu", size_px=64)

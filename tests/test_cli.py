@@ -1,0 +1,195 @@
+"""The command line: help, exit statuses, one clear message, JSON keys."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from kdcache import cli
+from kdcache.cli import main
+
+
+def run(*arguments: object):
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def extract_arguments(standins, out):
+    return (
+        "extract",
+        "--images",
+        standins.images,
+        "--masks",
+        standins.masks,
+        "--yolo",
+        standins.detector,
+        "--teacher",
+        standins.teacher,
+        "--size",
+        64,
+        "--device",
+        "cpu",
+        "--out",
+        out,
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(cache, tmp_path_factory):
+    path = tmp_path_factory.mktemp("cli") / "run"
+    result = run(
+        "train",
+        cache.path,
+        "--out",
+        path,
+        "--epochs",
+        1,
+        "--encoder-weights",
+        "random",
+        "--device",
+        "cpu",
+        "--set",
+        "learning_rate=3e-3",
+    )
+    assert result.exit_code == 0, result.output
+    return path
+
+
+@pytest.mark.parametrize("command", [None, *main.commands])
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_every_help_describes_its_options_and_ends_with_an_example(command, flag):
+    result = run(*([command] if command else []), flag)
+    assert result.exit_code == 0
+    assert "Example:\n  kdcache " in result.output.replace("    kdcache", "  kdcache").replace(
+        "  Example", "Example"
+    )
+    for parameter in main.commands[command].params if command else []:
+        assert parameter.name in ("cache", "run", "split", "device") or parameter.help, parameter
+
+
+def test_examples_use_options_that_exist():
+    for command in main.commands.values():
+        known = {option for parameter in command.params for option in parameter.opts}
+        for example in re.findall(r"kdcache (\w+)(.*?)(?=kdcache|$)", command.epilog, re.S):
+            if example[0] == command.name:
+                assert set(re.findall(r"--[\w-]+", example[1])) <= known
+
+
+def test_extract_reports_and_resumes(standins, tmp_path):
+    arguments = extract_arguments(standins, tmp_path / "c")
+    first = run(*arguments, "--limit", 3, "--json")
+    assert first.exit_code == 0, first.output
+    assert json.loads(first.stdout)["rows_added"] == 3
+    second = run(*arguments, "--limit", 4)
+    assert "4 rows, 1 added" in second.stdout
+    assert "3 rows were committed before" in second.stdout
+
+
+def test_skipped_images_are_listed_with_exit_status_3(standins, tmp_path):
+    shutil.copytree(standins.folder, tmp_path / "data")
+    (tmp_path / "data/images/scene_001.jpg").write_bytes(b"broken")
+    moved = type(standins)(tmp_path / "data")
+    result = run(*extract_arguments(moved, tmp_path / "c"), "--limit", 3)
+    assert result.exit_code == cli.EXIT_SKIPPED
+    assert "1 images skipped:\n  scene_001.jpg: cannot be decoded" in result.stdout
+    info = run("info", tmp_path / "c", "--json")
+    assert "scene_001.jpg" in json.loads(info.stdout)["skipped"]
+
+
+def test_info_has_the_keys_others_rely_on(cache):
+    info = json.loads(run("info", cache.path, "--json").stdout)
+    assert {"rows", "samples", "bytes", "features_ratio_vs_float32"} <= info.keys()
+    assert {"image", "mask", "teacher_logits", "features"} <= info["bytes"].keys()
+    text = run("info", cache.path).stdout
+    assert "10 rows" in text
+    assert "smaller than float32" in text
+
+
+def test_train_evaluate_and_resume(cache, trained):
+    scores = run("evaluate", trained, cache.path, "--json", "--device", "cpu")
+    documented = (
+        "student_miou teacher_miou iou_person_pooled agreement kl mse bce dice feature_loss"
+    )
+    assert set(documented.split()) <= json.loads(scores.stdout).keys()
+    assert "agreement with the teacher" in run("evaluate", trained, cache.path).stdout
+    again = run("train", cache.path, "--out", trained, "--resume", "--device", "cpu")
+    assert again.exit_code == 0
+    assert "1 epochs" in again.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("info", "nowhere.zarr"), "not a kdcache cache"),
+        (("train", "nowhere.zarr", "--out", "run"), "not a kdcache cache"),
+        (("evaluate", "nowhere", "nowhere.zarr"), "not a kdcache cache"),
+        (("export", "nowhere", "--out", "s.onnx"), "not a run folder"),
+        (("train", "c", "--out", "r", "--set", "epoch=1"), "unknown setting 'epoch'.*epochs"),
+        (("train", "c", "--out", "r", "--config", "x"), "no such file"),
+    ],
+)
+def test_failures_are_one_line_and_exit_status_1(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run(*arguments)
+    assert result.exit_code == cli.EXIT_FAILED
+    assert result.stdout == ""
+    assert re.fullmatch(f"error: .*{message}.*\n", result.stderr)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (("--tap", "nowhere"), "no tensor 'nowhere'"),
+        (("--size", 650), "multiple of 32"),
+        (("--val-fraction", 1.5), "val_fraction"),
+        (("--yolo", "absent.onnx"), "no such model file"),
+        (("--masks", "absent"), "no such folder"),
+        (("--device", "cuda"), "CUDAExecutionProvider"),
+    ],
+)
+def test_wrong_extract_inputs_are_one_message_and_leave_nothing(standins, tmp_path, extra, message):
+    if "cuda" in extra and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    result = run(*extract_arguments(standins, tmp_path / "c"), *extra)
+    assert result.exit_code == cli.EXIT_FAILED
+    assert message in result.stderr
+    assert result.stderr.startswith("error: ")
+    assert "Traceback" not in result.output
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("extract", "--images", "a", "--out", "c"),
+        ("extract", "--images", "a", "--masks", "b", "--coco", "c", "--out", "c"),
+        ("train", "c"),
+        ("train", "c", "--out", "r", "--epochs", "many"),
+        ("nothing",),
+    ],
+)
+def test_wrong_usage_is_exit_status_2(arguments):
+    assert run(*arguments).exit_code == 2
+
+
+def test_interrupt_tells_how_to_go_on(standins, tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kdcache.precompute.extract.extract", interrupted)
+    result = run(*extract_arguments(standins, tmp_path / "c"))
+    assert result.exit_code == 1
+    assert "same command" in result.stderr
+
+
+def test_bugs_keep_their_traceback(cache, monkeypatch):
+    def buggy(*_):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("kdcache.cache.info.describe", buggy)
+    assert isinstance(run("info", cache.path).exception, ZeroDivisionError)

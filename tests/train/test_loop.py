@@ -1,0 +1,281 @@
+"""Training: learns, resumes without a trace, leaves the encoder alone, needs the cache only."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from kdcache.cache.reader import Cache
+from kdcache.config import TrainConfig
+from kdcache.errors import DeviceMemoryError, ProviderError, RunError
+from kdcache.train import loop
+from kdcache.train.run_folder import read_checkpoint
+from kdcache.train.student import build_student
+
+FAST = {"encoder_weights": "random", "epochs": 3, "batch_size": 3, "learning_rate": 3e-3}
+
+
+def config(**changes):
+    return TrainConfig(**(FAST | changes))
+
+
+def train(cache, run, resume=False, **changes):
+    return loop.train(cache.path, run, config(**changes), device="cpu", resume=resume)
+
+
+def metrics(run):
+    """What training decides, without what the clock decides."""
+    timings = {"images_per_s", "step_ms", "data_wait_ms", "epoch_s"}
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in timings} for line in lines]
+
+
+def state_digest(run):
+    """Weights, optimiser and random state of the last checkpoint."""
+    state = read_checkpoint(run / "checkpoints/last.pt")
+    digest = hashlib.sha256()
+    for name in ("student", "projection"):
+        for tensor in (state[name] or {}).values():
+            digest.update(tensor.numpy().tobytes())
+    for moments in state["optimizer"]["state"].values():
+        for value in moments.values():
+            digest.update(value.numpy().tobytes())
+    digest.update(state["rng"].numpy().tobytes())
+    return digest.hexdigest()
+
+
+@pytest.fixture(scope="module")
+def run(cache, tmp_path_factory):
+    """A finished run of three epochs, never to be written to."""
+    path = tmp_path_factory.mktemp("runs") / "run"
+    train(cache, path)
+    return path
+
+
+def test_losses_fall_and_the_folder_is_complete(run):
+    epochs = metrics(run)
+    assert [line["epoch"] for line in epochs] == [1, 2, 3]
+    assert epochs[-1]["train_total"] < epochs[0]["train_total"]
+    expected = {
+        "train_kl",
+        "train_mse",
+        "train_bce",
+        "train_dice",
+        "train_feature",
+        "val_agreement",
+    }
+    assert (
+        expected | {"val_student_miou", "val_teacher_miou", "lr", "temperature"} <= epochs[0].keys()
+    )
+    for name in (
+        "config.toml",
+        "run.json",
+        "student_best.safetensors",
+        "student_last.safetensors",
+        "checkpoints/best.pt",
+        "checkpoints/last.pt",
+        "visualizations/last.jpg",
+    ):
+        assert (run / name).stat().st_size > 0, name
+
+
+def test_total_is_the_weighted_sum(run):
+    for line in metrics(run):
+        settings = config()
+        names = ("kl", "mse", "bce", "dice", "feature")
+        total = sum(getattr(settings, f"{n}_weight") * line[f"train_{n}"] for n in names)
+        assert line["train_total"] == pytest.approx(total, rel=1e-5)
+
+
+def test_same_seed_gives_the_same_bytes_and_another_does_not(cache, run, tmp_path):
+    train(cache, tmp_path / "again")
+    assert state_digest(tmp_path / "again") == state_digest(run)
+    assert metrics(tmp_path / "again") == metrics(run)
+    train(cache, tmp_path / "other", seed=1)
+    assert state_digest(tmp_path / "other") != state_digest(run)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"mixed_precision": True, "feature_weight": 0.0, "epochs": 2}],
+    ids=["float32", "bfloat16"],
+)
+def test_resume_continues_as_if_never_stopped(cache, tmp_path, monkeypatch, changes):
+    """Stopped in the middle of the second epoch, then resumed, equals one go: bit for bit."""
+    train(cache, tmp_path / "whole", **changes)
+    steps_an_epoch = -(-len(cache.rows_of("train")) // FAST["batch_size"])
+    step, calls = loop._step, iter(range(99))
+
+    def stop_in_second_epoch(*arguments):
+        if next(calls) == steps_an_epoch + 1:
+            raise KeyboardInterrupt
+        return step(*arguments)
+
+    monkeypatch.setattr(loop, "_step", stop_in_second_epoch)
+    with pytest.raises(KeyboardInterrupt):
+        train(cache, tmp_path / "run", **changes)
+    monkeypatch.undo()
+    assert len(metrics(tmp_path / "run")) == 1
+    train(cache, tmp_path / "run", resume=True, **changes)
+    assert state_digest(tmp_path / "run") == state_digest(tmp_path / "whole")
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+
+
+def test_resume_ignores_rows_added_later(standins, cache, run, tmp_path):
+    standins.extract(tmp_path / "c", limit=6)
+    growing = Cache(tmp_path / "c")
+    train(growing, tmp_path / "alone", epochs=2)
+    train(growing, tmp_path / "run", epochs=2)
+    path = tmp_path / "run/checkpoints/last.pt"
+    state = read_checkpoint(path)
+    assert len(state["history"]) == 2
+    for name in ("checkpoints/last.pt", "checkpoints/best.pt", "metrics.jsonl"):
+        (tmp_path / "run" / name).unlink()  # as if killed in the first epoch
+    standins.extract(tmp_path / "c")
+    assert len(Cache(tmp_path / "c")) == 10
+    train(growing, tmp_path / "run", epochs=2, resume=True)
+    assert state_digest(tmp_path / "run") == state_digest(tmp_path / "alone")
+
+
+def test_a_finished_run_resumes_to_itself(cache, run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    report = train(cache, tmp_path / "run", resume=True)
+    assert report.epochs == 3
+    assert state_digest(tmp_path / "run") == state_digest(run)
+
+
+def test_encoder_is_byte_equal_after_training_and_the_rest_is_not(run):
+    torch.manual_seed(0)
+    start = build_student(config().student_encoder, "random").unet.state_dict()
+    end = load_file(run / "student_last.safetensors")
+    assert start.keys() == end.keys()
+    encoder = [key for key in start if key.startswith("encoder.")]
+    assert any("running_mean" in key for key in encoder)
+    assert all(start[key].numpy().tobytes() == end[key].numpy().tobytes() for key in encoder)
+    moved = [k for k in start if k not in encoder and not torch.equal(start[k], end[k])]
+    assert any(key.startswith("decoder.") for key in moved)
+    assert any(key.startswith("segmentation_head.") for key in moved)
+
+
+def test_with_the_frozen_encoder_tap_the_feature_weight_cannot_change_the_student(
+    cache, run, tmp_path, caplog
+):
+    """The design document's setting; training says so."""
+    train(cache, tmp_path / "heavy", feature_weight=5.0)
+    assert "trains only the projection" in caplog.text
+    train(cache, tmp_path / "none", feature_weight=0.0)
+    ours = [load_file(tmp_path / name / "student_last.safetensors") for name in ("heavy", "none")]
+    reference = load_file(run / "student_last.safetensors")
+    assert all(torch.equal(other[key], reference[key]) for other in ours for key in reference)
+
+
+def test_feature_weight_zero_reads_no_feature_byte(cache, tmp_path, monkeypatch):
+    read = set()
+    original = Cache.read
+    monkeypatch.setattr(
+        Cache, "read", lambda self, row, array: read.add(array) or original(self, row, array)
+    )
+    train(cache, tmp_path / "run", feature_weight=0.0, epochs=1)
+    assert read == {"image", "mask", "teacher_logits"}
+    assert "train_feature" not in metrics(tmp_path / "run")[0]
+
+
+def test_temperature_and_learning_rate_follow_their_schedules(cache, tmp_path):
+    train(
+        cache, tmp_path / "run", temperature_schedule="linear", temperature=5.0, feature_weight=0.0
+    )
+    epochs = metrics(tmp_path / "run")
+    assert [line["temperature"] for line in epochs] == [5.0, 3.0, 1.0]
+    assert epochs[0]["lr"] == 3e-3 > epochs[1]["lr"] > epochs[2]["lr"]
+
+
+def test_without_val_rows_training_says_so_and_best_is_last(standins, tmp_path, caplog):
+    standins.extract(tmp_path / "c", val_fraction=0.0, limit=4)
+    report = train(Cache(tmp_path / "c"), tmp_path / "run", epochs=2)
+    assert "no rows of split 'val'" in caplog.text
+    assert report.best_epoch == 2
+    best, last = (
+        load_file(tmp_path / f"run/student_{kind}.safetensors") for kind in ("best", "last")
+    )
+    assert all(torch.equal(best[key], last[key]) for key in last)
+
+
+def test_best_is_the_epoch_of_the_highest_miou(cache, run):
+    scores = [line["val_student_miou"] for line in metrics(run)]
+    best = read_checkpoint(run / "checkpoints/best.pt")
+    assert len(best["history"]) == 1 + scores.index(max(scores))
+
+
+def test_non_finite_loss_stops_with_loss_step_and_samples(cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop.losses, "dice", lambda student, mask: student.mean() * float("nan"))
+    with pytest.raises(RunError, match=r"epoch 1/3, step 1: loss dice is nan on samples scene_\d+"):
+        train(cache, tmp_path / "run")
+
+
+def test_out_of_memory_names_a_remedy(cache, tmp_path, monkeypatch):
+    def exhausted(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(loop, "_step", exhausted)
+    with pytest.raises(DeviceMemoryError, match="lower --batch-size"):
+        train(cache, tmp_path / "run")
+
+
+def test_tap_of_another_grid_is_refused_before_anything_is_written(standins, tmp_path):
+    standins.extract(tmp_path / "c", yolo_target_layer="relu_1", limit=6)
+    with pytest.raises(RunError, match=r"32×16×16 in this cache, the student's tap is 40×8×8"):
+        train(Cache(tmp_path / "c"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_existing_run_is_not_overwritten_and_a_resume_keeps_its_settings(cache, run, tmp_path):
+    with pytest.raises(RunError, match="--resume"):
+        train(cache, run)
+    with pytest.raises(RunError, match="started with kl_weight = 1.0, now 2.0"):
+        train(cache, run, resume=True, kl_weight=2.0)
+    with pytest.raises(RunError, match="started with epochs = 3, now 9"):
+        train(cache, run, resume=True, epochs=9)
+    with pytest.raises(RunError, match="no run to resume"):
+        train(cache, tmp_path / "absent", resume=True)
+
+
+def test_absent_cuda_is_an_error_not_a_slow_run(cache, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    with pytest.raises(ProviderError, match="sees no CUDA device"):
+        loop.train(cache.path, tmp_path / "run", config(), device="cuda")
+
+
+def test_training_needs_neither_onnxruntime_nor_the_models_nor_a_network(standins, tmp_path):
+    """The models, photos and masks are gone, and opening a connection fails."""
+    home = tmp_path / "gpu_box"
+    shutil.copytree(standins.folder, home / "data")
+    moved = type(standins)(home / "data")
+    moved.extract(tmp_path / "c", limit=6)
+    shutil.rmtree(home)
+    code = """
+import socket, sys
+from pathlib import Path
+
+def refuse(*arguments, **options):
+    raise AssertionError("training opened a connection")
+
+socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
+from kdcache.config import TrainConfig
+from kdcache.train.loop import train
+
+settings = TrainConfig(encoder_weights="random", epochs=1, batch_size=3)
+train(Path(sys.argv[1]), Path(sys.argv[2]), settings, device="cpu")
+loaded = {"onnxruntime", "onnx", "pycocotools", "kdcache.precompute"} & set(sys.modules)
+assert not loaded, loaded
+"""
+    arguments = [sys.executable, "-c", code, str(tmp_path / "c"), str(tmp_path / "run")]
+    subprocess.run(arguments, check=True)
+    assert (tmp_path / "run/student_best.safetensors").exists()
