@@ -3,14 +3,18 @@
     .venv/bin/python benchmarks/online_vs_cached.py [--size 128 --images 4 --batch-size 2 --steps 2]
 
 Needs no download: the detector has random weights and YOLOv9-E's cost up to the tap, the teacher is
-the real EfficientNet-B3 UNet with random weights, the scenes are drawn. CPU only, float32. Values
-decide no time here, but they decide how well codes compress: take bytes per row from real models.
+the real EfficientNet-B3 UNet with random weights, the scenes are drawn. CPU only, float32. Bytes per
+row of random weights are not those of real models.
 
 Whole epochs alternate, cached then online, and medians are compared, so that a drifting machine
 slows both. Steps must not alternate: the loader's threads would decode the next batches while the
 frozen networks run, and the cached step would look free of its own decoding. Each epoch starts with
-an empty loader, and these epochs are short, so the ratio is a little lower than in a long run. The
-rows of so small a cache lie in memory: a slow disk is not part of this.
+an empty loader, and these epochs are short, so the ratio is a little lower than in a long run. So
+small a cache lies in memory: a slow disk is not part of this.
+
+A busy machine distorts more than it slows: OpenMP's threads spin for one another at the end of every
+operator, and one other busy process on 2 cores made the teacher 2 to 24 times slower at 128 px. The
+header tells the load at the start; OMP_WAIT_POLICY=passive takes the spinning away.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import platform
 import tempfile
 import time
@@ -27,6 +32,7 @@ from datetime import date
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest import mock
 
 import click
 import numpy as np
@@ -47,34 +53,32 @@ from kdcache.precompute.yolo import Yolo
 from kdcache.standins import TAP, _save, _tensor, save_scenes
 from kdcache.train import Batch, batches
 from kdcache.train.loop import _build, _step
-from kdcache.train.run_folder import State
 from kdcache.train.student import _unet, normalised
 
+DETECTOR, TEACHER = "detector.onnx", "teacher.ckpt"
 SCENE_SIZE_PX = (480, 640)  # (height, width): COCO's usual, unlike the input, so it is resized
-TEACHER_ENCODER = "timm-efficientnet-b3"
 
 # Var(weight)·fan_in that keeps the scale of activations through SiLU: 1/E[silu(x)²], x ~ N(0, 1).
 _SILU_GAIN = 2.8
 
 
 class _Graph:
-    """Nodes and random weights of a detector, one tensor name after the other."""
+    """Nodes and random weights of a detector; methods take and return names of tensors."""
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self) -> None:
         self.nodes: list[onnx.NodeProto] = []
         self.weights = [numpy_helper.from_array(np.array([1, 1, 2, 2], np.float32), "scales")]
-        self._rng = np.random.default_rng(seed)
+        self._rng = np.random.default_rng(0)
         self._widths = {"images": 3}
 
     def conv(self, x: str, width: int, kernel: int, stride: int = 1) -> str:
-        """Conv with bias, then SiLU, as a detector's export holds them once BatchNorm is folded."""
-        fan_in = self._widths[x] * kernel**2
+        """Conv with bias, then SiLU, as exports hold them once BatchNorm is folded."""
         shape = (width, self._widths[x], kernel, kernel)
-        weight = self._rng.standard_normal(shape, np.float32) * math.sqrt(_SILU_GAIN / fan_in)
-        bias = self._rng.standard_normal(width, np.float32) * 0.1
-        names = [f"weight_{len(self.weights)}", f"bias_{len(self.weights)}"]
-        for name, values in zip(names, (weight, bias), strict=True):
-            self.weights.append(numpy_helper.from_array(values.astype(np.float32), name))
+        weight = self._rng.standard_normal(shape, np.float32)
+        weight *= np.float32(math.sqrt(_SILU_GAIN / math.prod(shape[1:])))
+        bias = self._rng.standard_normal(width, np.float32) * np.float32(0.1)
+        names = [f"weight_{len(self.nodes)}", f"bias_{len(self.nodes)}"]
+        self.weights += map(numpy_helper.from_array, (weight, bias), names)
         pads, strides = [kernel // 2] * 4, [stride] * 2
         linear = self._node("Conv", [x, *names], width, pads=pads, strides=strides)
         gate = self._node("Sigmoid", [linear], width)
@@ -88,12 +92,12 @@ class _Graph:
             x = self._node("Add", [x, branch], width)
         return x
 
-    def upsample(self, x: str) -> str:
-        """Nearest, ×2."""
-        return self._node("Resize", [x, "", "scales"], self._widths[x], mode="nearest")
-
-    def concat(self, x: str, y: str, name: str | None = None) -> str:
-        return self._node("Concat", [x, y], self._widths[x] + self._widths[y], name, axis=1)
+    def upsampled_beside(self, coarse: str, fine: str, name: str | None = None) -> str:
+        """Concat(nearest ×2 of `coarse`, `fine`)."""
+        width = self._widths[coarse]
+        upsampled = self._node("Resize", [coarse, "", "scales"], width, mode="nearest")
+        inputs = [upsampled, fine]
+        return self._node("Concat", inputs, width + self._widths[fine], name, axis=1)
 
     def _node(
         self, kind: str, inputs: list[str], width: int, name: str | None = None, **attributes: Any
@@ -105,25 +109,24 @@ class _Graph:
 
 
 def save_detector(path: Path) -> None:
-    """Write `images` (N, 3, H, W) RGB in [0, 1] → the tap (N, 1024, H/8, W/8), YOLOv9-E in cost.
+    """Write `images` (N, 3, H, W) RGB in [0, 1] → the tap (N, 1024, H/8, W/8).
 
-    Strides 2 to 32 and a top-down neck; the counts of blocks were chosen for 34 M parameters and
-    150 GFLOPs at 640, which `cost` verifies.
+    Strides 2 to 32 and a top-down neck; the numbers of blocks were chosen for YOLOv9-E's 34 M
+    parameters and 150 GFLOPs at 640, which `cost` counts in the file.
     """
     graph = _Graph()
     stride_4 = graph.blocks(graph.conv(graph.conv("images", 64, 3, 2), 128, 3, 2), 2)
     stride_8 = graph.blocks(graph.conv(stride_4, 256, 3, 2), 6)
     stride_16 = graph.blocks(graph.conv(stride_8, 512, 3, 2), 5)
     stride_32 = graph.blocks(graph.conv(stride_16, 512, 3, 2), 2)
-    joined = graph.concat(graph.upsample(stride_32), stride_16)
-    neck = graph.blocks(graph.conv(joined, 512, 1), 4)
-    graph.concat(graph.upsample(neck), graph.conv(stride_8, 512, 1), TAP)
+    neck = graph.blocks(graph.conv(graph.upsampled_beside(stride_32, stride_16), 512, 1), 4)
+    graph.upsampled_beside(neck, graph.conv(stride_8, 512, 1), TAP)
     inputs, outputs = _tensor("images", ["N", 3, "H", "W"]), _tensor(TAP, ["N", 1024, "h", "w"])
     _save(path, "detector", graph.nodes, [inputs], [outputs], graph.weights)
 
 
 def cost(path: Path, size_px: int) -> tuple[int, int]:
-    """Parameters, and FLOPs (2 · multiply-adds of the convolutions) of one image, from the file."""
+    """Parameters, and FLOPs of one image (2 · multiply-adds of the convolutions)."""
     model = onnx.load(path)
     for axis, size in enumerate((1, 3, size_px, size_px)):
         model.graph.input[0].type.tensor_type.shape.dim[axis].dim_value = size
@@ -137,10 +140,10 @@ def cost(path: Path, size_px: int) -> tuple[int, int]:
     return sum(weights.values()) - weights["scales"], flops
 
 
-def save_teacher(path: Path) -> None:
+def save_teacher(path: Path, encoder: str) -> None:
     """Write a random teacher in the form of a Lightning checkpoint."""
     torch.manual_seed(0)
-    state = _unet(TEACHER_ENCODER).state_dict()
+    state = _unet(encoder).state_dict()
     torch.save({"state_dict": {f"model.{key}": value for key, value in state.items()}}, path)
 
 
@@ -157,178 +160,135 @@ class _Clock:
         self.seconds[name] += time.perf_counter() - started
 
 
-def cached_epoch(state: State, cache: Cache, config: TrainConfig, clock: _Clock) -> None:
-    """What `kdcache train` does in an epoch; unshuffled, so that the order is the online one."""
-    source = batches(cache, config.batch_size, "cpu", taps=[TAP], shuffle=False)
-    while True:
+def online_batches(
+    yolo: Yolo,
+    teacher: Teacher,
+    samples: Sequence[Sample],
+    settings: ExtractConfig,
+    batch_size: int,
+    clock: _Clock,
+) -> Iterator[Batch]:
+    """The epoch that `batches` reads from the cache, made from the image files."""
+    for start in range(0, len(samples), batch_size):
+        chosen = samples[start : start + batch_size]
         with clock.part("data"):
-            batch = next(source, None)
-        if batch is None:
-            break
-        with clock.part("student"):
-            _step(state, batch, config, config.temperature, "cached")
-
-
-def online_epoch(
-    state: State, online: _Online, samples: Sequence[Sample], config: TrainConfig, clock: _Clock
-) -> None:
-    """The same steps with both frozen networks in each."""
-    for start in range(0, len(samples), config.batch_size):
-        batch = online.batch(samples[start : start + config.batch_size], clock)
-        with clock.part("student"):
-            _step(state, batch, config, config.temperature, "online")
-
-
-class _Online:
-    """Batches made from the image files by the frozen models."""
-
-    def __init__(self, yolo: Yolo, teacher: Teacher, settings: ExtractConfig) -> None:
-        self._yolo, self._teacher, self._settings = yolo, teacher, settings
-
-    def batch(self, samples: Sequence[Sample], clock: _Clock) -> Batch:
-        with clock.part("data"):
-            keys = [RowKey("train", sample.sample_id, 0) for sample in samples]
-            pairs = zip(keys, samples, strict=True)
-            rows = [_decode(key, sample, self._settings) for key, sample in pairs]
+            keys = [RowKey("train", sample.sample_id, 0) for sample in chosen]
+            rows = [_decode(*row, settings) for row in zip(keys, chosen, strict=True)]
             images_NHWC = np.stack([row.image for row in rows])
             masks_NHW = np.stack([row.mask for row in rows])
             pixels = normalised(torch.from_numpy(images_NHWC))
         with clock.part("detector"):
-            features = torch.from_numpy(self._yolo.features(images_NHWC))
+            features = torch.from_numpy(yolo.features(images_NHWC))
         with clock.part("teacher"):
-            logits = torch.from_numpy(self._teacher.logits(images_NHWC))[:, None]
+            logits = torch.from_numpy(teacher.logits(images_NHWC))[:, None]
         mask = torch.from_numpy(masks_NHW)[:, None]
-        return Batch(image=pixels, mask=mask, logits=logits, features={TAP: features}, keys=keys)
+        yield Batch(image=pixels, mask=mask, logits=logits, features={TAP: features}, keys=keys)
 
 
-def measure(folder: Path, size_px: int, images: int, batch_size: int, steps: int) -> dict[str, Any]:
-    """Everything the table shows. Times are seconds per image, medians over the epochs."""
-    settings = validated(
-        ExtractConfig,
-        {
-            "yolo_onnx_path": folder / "detector.onnx",
-            "teacher_checkpoint": folder / "teacher.ckpt",
-            "teacher_encoder": TEACHER_ENCODER,
-            "size": size_px,
-        },
-    )
+def measure(
+    folder: Path, settings: ExtractConfig, config: TrainConfig, images: int, steps: int
+) -> dict[str, Any]:
+    """What the table shows; times are seconds per image, medians over the epochs."""
     _say("making the models and the scenes")
-    save_detector(folder / "detector.onnx")
-    save_teacher(folder / "teacher.ckpt")
+    save_detector(folder / DETECTOR)
+    save_teacher(folder / TEACHER, settings.teacher_encoder)
     save_scenes(folder / "scenes", images, *SCENE_SIZE_PX)
     dataset = folder_dataset(folder / "scenes/images", folder / "scenes/masks")
-    parameters, flops = cost(folder / "detector.onnx", size_px)
+    samples, size = dataset.samples, config.batch_size
+    yolo, teacher = _load_models(settings, "cpu")
 
     _say(f"extracting {images} images")
-    extraction = extract(settings, dataset, folder / "cache.zarr", device="cpu")
-    # A dataset loads the models once, so their loading is taken out of the time an image needs.
-    # It includes one trial image through each, here as in `extract`.
-    started = time.perf_counter()
-    online = _Online(*_load_models(settings, "cpu"), settings)
-    loading_s = time.perf_counter() - started
-
+    # With models already loaded, as loading is paid once for a dataset of any size.
+    with mock.patch("kdcache.precompute.extract._load_models", return_value=(yolo, teacher)):
+        extraction = extract(settings, dataset, folder / "cache.zarr", device="cpu")
     cache = Cache(folder / "cache.zarr")
-    config = TrainConfig(encoder_weights="random", batch_size=batch_size)
     state = _build(config, cache, cache.tap(TAP), "cpu")
     state.student.train()
-    _warm_up(state, cache, online, dataset.samples, config)
-    epochs = -(-steps // -(-images // batch_size))
+
+    def step(batch: Batch) -> None:
+        _step(state, batch, config, config.temperature, "benchmark")
+
+    def source(kind: str, clock: _Clock) -> Iterator[Batch]:
+        if kind == "online":
+            return online_batches(yolo, teacher, samples, settings, size, clock)
+        return batches(cache, size, "cpu", taps=[TAP], shuffle=False)  # in the online order
+
+    _say("warming up")
+    first = [next(source(kind, _Clock())) for kind in ("cached", "online")]
+    _refuse_different(*first)
+    for batch in first:
+        step(batch)
     clocks: dict[str, list[_Clock]] = {"cached": [], "online": []}
+    epochs = math.ceil(steps / math.ceil(images / size))
     for epoch in range(epochs):
-        _say(f"epoch {epoch + 1}/{epochs}, cached and online")
-        for kind in clocks.values():
-            kind.append(_Clock())
-        cached_epoch(state, cache, config, clocks["cached"][-1])
-        online_epoch(state, online, dataset.samples, config, clocks["online"][-1])
-
-    def per_image(kind: str, part: str) -> float:
-        return median(clock.seconds[part] for clock in clocks[kind]) / images
-
-    totals = {
-        kind: median(sum(clock.seconds.values()) for clock in found) / images
-        for kind, found in clocks.items()
+        for kind, finished in clocks.items():
+            _say(f"epoch {epoch + 1}/{epochs}, {kind}")
+            finished.append(clock := _Clock())
+            with clock.part("total"):
+                for batch in source(kind, clock):
+                    with clock.part("student"):
+                        step(batch)
+    seconds = {
+        f"{part}_{kind}_s": median(clock.seconds[part] for clock in finished) / images
+        for kind, finished in clocks.items()
+        for part in finished[0].seconds
     }
-    extraction_s = (extraction.seconds - loading_s) / images
-    saved_s = totals["online"] - totals["cached"]
+    # The loader keeps no clock: an epoch waits for it whenever it is not in a step.
+    seconds["data_cached_s"] = seconds["total_cached_s"] - seconds["student_cached_s"]
+    saved_s = seconds["total_online_s"] - seconds["total_cached_s"]
+    parameters, flops = cost(folder / DETECTOR, settings.size)
     return {
         "detector_parameters": parameters,
         "detector_flops": flops,
-        "epochs_of_each": epochs,
-        "detector_s": per_image("online", "detector"),
-        "teacher_s": per_image("online", "teacher"),
-        "student_step_online_s": per_image("online", "student"),
-        "student_step_cached_s": per_image("cached", "student"),
-        "data_wait_online_s": per_image("online", "data"),
-        "data_wait_cached_s": per_image("cached", "data"),
-        "online_s": totals["online"],
-        "cached_s": totals["cached"],
-        "online_over_cached": totals["online"] / totals["cached"],
-        "extraction_s": extraction_s,
-        "model_loading_s": loading_s,
+        "epochs": epochs,
+        **seconds,
+        "online_over_cached": seconds["total_online_s"] / seconds["total_cached_s"],
+        "extraction_s": extraction.seconds / images,
         "cache_bytes": describe(cache)["bytes_per_row"],
-        "break_even_epochs": extraction_s / saved_s if saved_s > 0 else None,
+        "break_even_epochs": extraction.seconds / images / saved_s if saved_s > 0 else None,
     }
 
 
-def _warm_up(
-    state: State, cache: Cache, online: _Online, samples: Sequence[Sample], config: TrainConfig
-) -> None:
-    """One step of each kind, which also shows that both kinds are fed the same."""
-    _say("warming up")
-    cached = next(batches(cache, config.batch_size, "cpu", taps=[TAP], shuffle=False))
-    computed = online.batch(samples[: config.batch_size], _Clock())
-    for batch in (cached, computed):
-        _step(state, batch, config, config.temperature, "warm-up")
-    difference = (cached.features[TAP] - computed.features[TAP]).square().mean()
-    same = torch.equal(cached.image, computed.image) and torch.equal(cached.mask, computed.mask)
-    if not same or difference > 1e-2 * computed.features[TAP].var():
-        raise KdcacheError("cached and online batches differ; their times cannot be compared")
+def _refuse_different(cached: Batch, online: Batch) -> None:
+    """Times of steps on different data must not be compared."""
+    same = torch.equal(cached.image, online.image) and torch.equal(cached.mask, online.mask)
+    pairs = ((cached.logits, online.logits), (cached.features[TAP], online.features[TAP]))
+    if not same or any((x - y).square().mean() > 1e-3 * y.var() for x, y in pairs):
+        raise KdcacheError("the first cached and online batches differ")
 
 
-def _header(size_px: int, images: int, batch_size: int) -> dict[str, str]:
+def _header(settings: ExtractConfig, config: TrainConfig, images: int) -> dict[str, str | int]:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return {
         "date": date.today().isoformat(),
         "cpu": models[0] if models else platform.processor() or platform.machine(),
-        "threads": str(torch.get_num_threads()),
+        "threads": torch.get_num_threads(),
+        "load": f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "onnxruntime": onnxruntime.__version__,
-        "size_px": str(size_px),
-        "images": str(images),
-        "batch_size": str(batch_size),
+        "size_px": settings.size,
+        "images": images,
+        "batch_size": config.batch_size,
     }
 
 
 def _table(found: dict[str, Any]) -> str:
     """Markdown, to be pasted into docs/log.md."""
-    ratio = found["online_over_cached"]
-    never = found["break_even_epochs"] is None
-    rows = [
-        ("s per image", "online", "cached", "online / cached"),
-        ("---", "---:", "---:", "---:"),
-        _times(found, "data wait", "data_wait_online_s", "data_wait_cached_s"),
-        ("detector", f"{found['detector_s']:.3f}", "", ""),
-        ("teacher", f"{found['teacher_s']:.3f}", "", ""),
-        _times(found, "student step", "student_step_online_s", "student_step_cached_s"),
-        ("step, total", f"{found['online_s']:.3f}", f"{found['cached_s']:.3f}", f"**{ratio:.2f}**"),
-        ("extraction, once", "", f"{found['extraction_s']:.3f}", ""),
-        ("bytes per image in the cache", "", f"{found['cache_bytes']:,.0f}", ""),
-        (
-            "epochs until extraction has paid",
-            "",
-            "never" if never else f"{found['break_even_epochs']:.2f}",
-            "",
-        ),
-    ]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def _times(found: dict[str, Any], title: str, online: str, cached: str) -> tuple[str, ...]:
-    ratio = f"{found[online] / found[cached]:.2f}"
-    return title, f"{found[online]:.3f}", f"{found[cached]:.3f}", ratio
+    rows = ["| per image | online | cached | online / cached |", "| --- | ---: | ---: | ---: |"]
+    titles = {"data": "data wait", "student": "student step", "total": "step, total"}
+    for part in ("data", "detector", "teacher", "student", "total"):
+        pair = [found.get(f"{part}_{kind}_s") for kind in ("online", "cached")]
+        shown = [f"{value:.3f} s" if value is not None else "" for value in pair]
+        ratio = f"{pair[0] / pair[1]:.2f}" if pair[0] and pair[1] else ""
+        rows.append(f"| {' | '.join([titles.get(part, part), *shown, ratio])} |")
+    rows.append(f"| extraction, once | | {found['extraction_s']:.3f} s | |")
+    rows.append(f"| bytes in the cache | | {found['cache_bytes']:,.0f} | |")
+    epochs = found["break_even_epochs"]
+    rows.append(f"| break-even, epochs | | {f'{epochs:.2f}' if epochs else 'never'} | |")
+    return "\n".join(rows)
 
 
 def _say(text: str) -> None:
@@ -337,22 +297,11 @@ def _say(text: str) -> None:
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.option("--size", default=640, help="Side of the square model input, px.")
-@click.option("--images", type=click.IntRange(min=1), default=8, help="Images of an epoch.")
-@click.option("--batch-size", type=click.IntRange(min=1), default=4, help="Images a step.")
-@click.option(
-    "--steps",
-    type=click.IntRange(min=1),
-    default=4,
-    help="Timed steps of each kind, rounded up to whole epochs.",
-)
-@click.option(
-    "--keep",
-    type=click.Path(path_type=Path),
-    help="Make everything in this new folder and keep it.",
-)
-@click.option(
-    "--json", "json_path", type=click.Path(path_type=Path), help="Write the numbers there too."
-)
+@click.option("--images", type=click.IntRange(1), default=8, help="Images of an epoch.")
+@click.option("--batch-size", type=click.IntRange(1), default=4, help="Images a step.")
+@click.option("--steps", type=click.IntRange(1), default=4, help="Steps of each kind, in epochs.")
+@click.option("--keep", type=click.Path(path_type=Path), help="New folder for files to be kept.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="File for the numbers.")
 def main(
     size: int, images: int, batch_size: int, steps: int, keep: Path | None, json_path: Path | None
 ) -> None:
@@ -361,20 +310,21 @@ def main(
     Example: python benchmarks/online_vs_cached.py --size 128 --images 4 --batch-size 2 --steps 2
     """
     if keep is not None and keep.exists() and any(keep.iterdir()):
-        raise click.UsageError(f"--keep {keep} is not empty; an old cache there would be resumed")
+        raise click.UsageError(f"--keep {keep} is not empty; a cache in it would be resumed")
     with contextlib.ExitStack() as stack:
         folder = keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(parents=True, exist_ok=True)
+        models = {"yolo_onnx_path": folder / DETECTOR, "teacher_checkpoint": folder / TEACHER}
+        config = TrainConfig(encoder_weights="random", batch_size=batch_size)
         try:
-            found = measure(folder, size, images, batch_size, steps)
+            settings = validated(ExtractConfig, {**models, "size": size})
+            header = _header(settings, config, images)
+            found = measure(folder, settings, config, images, steps)
         except KdcacheError as error:
             raise click.ClickException(str(error)) from error
-    header = _header(size, images, batch_size)
     click.echo(", ".join(f"{name} {value}" for name, value in header.items()))
-    click.echo(
-        f"detector up to the tap: {found['detector_parameters'] / 1e6:.1f} M parameters, "
-        f"{found['detector_flops'] / 1e9:.1f} GFLOPs at {size}×{size}\n"
-    )
+    parameters, flops = found["detector_parameters"], found["detector_flops"]
+    click.echo(f"detector: {parameters / 1e6:.1f} M parameters, {flops / 1e9:.1f} GFLOPs\n")
     click.echo(_table(found))
     if json_path is not None:
         json_path.write_text(json.dumps(header | found, indent=2) + "\n", encoding="utf-8")

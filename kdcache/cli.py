@@ -26,7 +26,9 @@ class _Group(click.Group):
     def invoke(self, context: click.Context) -> Any:
         try:
             return super().invoke(context)
-        except KdcacheError as error:
+        except (KdcacheError, OSError) as error:  # a full or read-only disk is no bug
+            if isinstance(error, BrokenPipeError):
+                raise
             click.echo(f"error: {error}", err=True)
             context.exit(EXIT_FAILED)
         except KeyboardInterrupt:

@@ -187,6 +187,18 @@ def test_interrupt_tells_how_to_go_on(standins, tmp_path, monkeypatch):
     assert "same command" in result.stderr
 
 
+def test_read_only_folder_is_one_message(standins, monkeypatch, tmp_path):
+    def read_only(*_):
+        raise PermissionError(13, "Permission denied", "/data/c")
+
+    monkeypatch.setattr("kdcache.precompute.extract.CacheWriter", read_only)
+    result = run(*extract_arguments(standins, tmp_path / "c"))
+    assert (result.exit_code, result.stderr) == (
+        1,
+        "error: [Errno 13] Permission denied: '/data/c'\n",
+    )
+
+
 def test_bugs_keep_their_traceback(cache, monkeypatch):
     def buggy(*_):
         raise ZeroDivisionError

@@ -217,7 +217,7 @@ def _manifest(config: ExtractConfig, yolo: Yolo, teacher: Teacher, device: str) 
         "yolo_target_layer": config.yolo_target_layer,
         "yolo_input": config.yolo_input,
         "teacher_sha256": teacher.sha256,
-        "teacher_encoder": config.teacher_encoder,
+        "teacher_network": teacher.network,
         "size": str(config.size),
         "resize": config.resize,
         "interpolation": INTERPOLATION,

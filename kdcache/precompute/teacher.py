@@ -36,6 +36,7 @@ class Teacher:
             raise ModelError(f"{path}: no such teacher file")
         self.sha256 = sha256_file(path)
         self._network: Callable[[F32], F32]
+        self.network = "onnx" if path.suffix == ".onnx" else f"smp.Unet({encoder})"
         if path.suffix == ".onnx":
             model = read_model(path).SerializeToString()
             self._network = OnnxNetwork(model, path, device, size_px)

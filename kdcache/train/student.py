@@ -17,13 +17,14 @@ from kdcache.errors import ModelError, ProviderError
 from kdcache.imaging import IMAGENET_MEAN, IMAGENET_STD
 from kdcache.train.weights import load_encoder_file
 
-# Encoder feature 3 lies at stride 8: 40×80×80 of EfficientNet-B0 at 640, the grid of layer 34.
+# smp gives every encoder a feature n at stride 2^n; the third of EfficientNet-B0 is 40×80×80 at
+# 640, the grid of YOLOv9-E's layer 34.
 TAP_LEVEL = 3
-TAP_STRIDE = 8
+TAP_STRIDE = 2**TAP_LEVEL
 
 
 class StudentOutput(NamedTuple):
-    """logits (N, 1, H, W) and the tapped feature map (N, C, H/8, W/8)."""
+    """logits (N, 1, H, W) and the tapped feature map (N, C, h, w)."""
 
     logits: torch.Tensor
     feature: torch.Tensor
@@ -37,7 +38,7 @@ class Student(nn.Module):
     def __init__(self, encoder: str) -> None:
         super().__init__()
         self.unet = _unet(encoder)
-        self.unet.encoder.requires_grad_(False)
+        self.unet.encoder.requires_grad_(False).eval()
 
     @property
     def tap_channels(self) -> int:
