@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from click.testing import CliRunner
 
 from kdcache import cli
 from kdcache.cli import main
+from kdcache.config import ExtractConfig, TrainConfig
 
 
 def run(*arguments: object):
@@ -205,3 +207,14 @@ def test_bugs_keep_their_traceback(cache, monkeypatch):
 
     monkeypatch.setattr("kdcache.cache.info.describe", buggy)
     assert isinstance(run("info", cache.path).exception, ZeroDivisionError)
+
+
+def test_commands_in_the_readme_exist_with_their_options():
+    text = (Path(__file__).parents[1] / "README.md").read_text().replace("\\\n", " ")
+    found = re.findall(r"^    (?:uv run )?kdcache (\w+)(.*)$", text, re.M)
+    assert {"extract", "train", "evaluate", "export", "info"} <= {name for name, _ in found}
+    for name, rest in found:
+        known = {option for parameter in main.commands[name].params for option in parameter.opts}
+        assert set(re.findall(r"--[\w-]+", rest)) <= known, name
+    for setting in set(re.findall(r"--set (\w+)=", text)) - {"key"}:
+        assert setting in TrainConfig.model_fields | ExtractConfig.model_fields

@@ -78,7 +78,7 @@ def open_run(run: Path, config: TrainConfig, resume: bool) -> dict[str, Any]:
 
 def start_run(run: Path, config: TrainConfig, cache: Cache, tap: TapSpec | None) -> None:
     """Lay out the folder; `run.json` comes last and makes it a run."""
-    for name in ("checkpoints", "logs", "visualizations"):
+    for name in ("checkpoints", "visualizations"):
         (run / name).mkdir(parents=True, exist_ok=True)
     write_atomic(run / "config.toml", config.to_toml().encode())
     record = {
