@@ -79,6 +79,7 @@ def demo(folder: Path, progress: bool = False) -> DemoReport:
         cache,
         val_rows,
         TRAINING,
+        tap=None,
         temperature=TRAINING.last_temperature,
         device="cpu",
     )

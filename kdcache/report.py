@@ -16,12 +16,15 @@ _SKIPPED_SHOWN = 20
 
 def extract_text(report: ExtractReport) -> str:
     """What an extraction did: rows, pace, what was left out, what was skipped and why."""
-    pace = report.seconds / report.rows_added if report.rows_added else 0.0
     size = report.bytes_added / report.rows_added if report.rows_added else 0.0
     lines = [
         f"{report.cache}: {report.rows_total} rows, {report.rows_added} added in "
         f"{report.seconds:.1f} s on {report.device}"
-        + (f" ({pace:.2f} s and {megabytes(size)} a row)" if report.rows_added else "")
+        + (
+            f" ({report.images_per_s:.2f} images/s, {megabytes(size)} a row)"
+            if report.rows_added
+            else ""
+        )
     ]
     if report.rows_found:
         lines.append(f"{report.rows_found} rows were committed before and not computed again")

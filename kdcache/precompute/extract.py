@@ -59,7 +59,8 @@ class ExtractReport:
     rows_found: int  # committed by an earlier run and not computed again
     skipped: Mapping[str, str]  # sample id to reason
     left_out: Mapping[str, int]
-    seconds: float
+    seconds: float  # all of it, loading the models included
+    images_per_s: float  # without the loading
     bytes_added: int
 
 
@@ -120,6 +121,7 @@ def extract(
             f"{name}: {why}" for name, why in itertools.islice(tally.skipped.items(), 3)
         )
         raise DatasetError(f"none of the {len(todo)} images can be used ({reasons})")
+    models_ready = time.monotonic()
     with CacheWriter(out, manifest) as writer:
         writer.expect(len(todo))
         before = len(writer.committed)
@@ -137,6 +139,7 @@ def extract(
         writer.commit()
         writer.record_skipped(tally.skipped)
         total = len(writer.committed)
+    ended = time.monotonic()
     cache = Cache(out)
     new_commits = [commit for commit in cache.commits if committed.isdisjoint(commit.keys)]
     return ExtractReport(
@@ -147,7 +150,8 @@ def extract(
         rows_found=len(planned) - len(todo),
         skipped=tally.skipped,
         left_out=dataset.left_out,
-        seconds=time.monotonic() - started,
+        seconds=ended - started,
+        images_per_s=(total - before) / (ended - models_ready),
         bytes_added=sum(o.size_bytes for commit in new_commits for o in commit.objects.values()),
     )
 

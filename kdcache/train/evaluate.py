@@ -16,7 +16,12 @@ from kdcache.errors import RunError, device_memory
 from kdcache.train import losses
 from kdcache.train.loader import read_batches
 from kdcache.train.metrics import Segmentation, agreement
-from kdcache.train.run_folder import read_best_projection, read_best_student, read_config
+from kdcache.train.run_folder import (
+    read_best_projection,
+    read_best_student,
+    read_config,
+    read_record,
+)
 from kdcache.train.student import Student, resolve_device
 
 
@@ -28,18 +33,19 @@ def score(
     rows: list[int],
     config: TrainConfig,
     *,
+    tap: str | None,
     temperature: float,
     device: str | torch.device,
 ) -> dict[str, float | None]:
     """Metrics and losses of a student over rows: means over images, so the batch size is irrelevant.
 
-    A value that the rows cannot give (no person, no label, no projection) is None.
+    `tap` is what the projection aims at. A value that the rows cannot give (no person, no label,
+    no projection) is None.
     """
     student.eval()
-    taps = []
     if projection is not None:
         projection.eval()
-        taps = cache.taps
+    taps = [tap] if tap is not None else []
     of_student, of_teacher = Segmentation(), Segmentation()
     values: dict[str, list[float]] = defaultdict(list)
     equal = pixels = 0
@@ -55,12 +61,10 @@ def score(
             equal, pixels = equal + same, pixels + seen
             for name, value in _losses(ours, theirs, mask, config, temperature).items():
                 values[name].append(value)
-            if projected is not None:
-                (target,) = batch.features.values()
-                loss = losses.FEATURE_LOSSES[config.feature_loss](
-                    projected[n : n + 1], target[n : n + 1]
-                )
-                values["feature_loss"].append(float(loss))
+            if projected is not None and tap is not None:
+                feature_loss = losses.FEATURE_LOSSES[config.feature_loss]
+                target = batch.features[tap][n : n + 1]
+                values["feature_loss"].append(float(feature_loss(projected[n : n + 1], target)))
     means = {name: math.fsum(values[name]) / len(values[name]) for name in values}
     return {
         "student_miou": _number(of_student.miou),
@@ -88,7 +92,9 @@ def evaluate(run: Path, cache: Cache, split: str = "val", device: str = "auto") 
     if not rows:
         splits = ", ".join(sorted({key.split for key in cache.keys})) or "none"
         raise RunError(f"{cache.path} has no rows of split {split!r}; it has {splits}: use --split")
-    projection = read_best_projection(run, student)
+    projection, tap = read_best_projection(run, student), read_record(run)["tap"]
+    if tap is not None:
+        cache.tap(tap)  # refuses a cache that has no such tap
     with device_memory("evaluating", "use --device cpu"):
         scores = score(
             student.to(on),
@@ -96,6 +102,7 @@ def evaluate(run: Path, cache: Cache, split: str = "val", device: str = "auto") 
             cache,
             rows,
             config,
+            tap=tap,
             temperature=config.last_temperature,
             device=on,
         )

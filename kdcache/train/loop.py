@@ -23,7 +23,7 @@ from kdcache.train import losses, schedule
 from kdcache.train.evaluate import score
 from kdcache.train.loader import Batch, batches
 from kdcache.train.overlay import save_overlay
-from kdcache.train.run_folder import State, open_run, restore, save_epoch, start_run
+from kdcache.train.run_folder import State, check_cache, open_run, restore, save_epoch, start_run
 from kdcache.train.student import TAP_STRIDE, Projection, Student, build_student, resolve_device
 
 log = logging.getLogger(__name__)
@@ -58,6 +58,7 @@ def train(
     on = resolve_device(device)
     record = open_run(out, config, resume)
     cache = Cache(cache_path, shards=record.get("shards"))
+    check_cache(out, record, cache)
     # Without a feature loss no feature byte is read and there is nothing to project.
     tap = cache.manifest.taps[0] if config.feature_weight > 0 else None
     val_rows = cache.rows_of("val")
@@ -97,6 +98,7 @@ def train(
                     cache,
                     val_rows,
                     config,
+                    tap=tap.name if tap else None,
                     temperature=temperature,
                     device=on,
                 )

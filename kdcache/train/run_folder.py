@@ -72,8 +72,18 @@ def open_run(run: Path, config: TrainConfig, resume: bool) -> dict[str, Any]:
                 f"{run} was started with {name} = {old}, now {new} was asked for; "
                 "a resume keeps its settings: leave that setting out, or start another run"
             )
-    record: dict[str, Any] = json.loads((run / "run.json").read_text())
-    return record
+    return read_record(run)
+
+
+def check_cache(run: Path, record: dict[str, Any], cache: Cache) -> None:
+    """Raise RunError when a run would go on with a cache of other models or preprocessing."""
+    fingerprint = cache.manifest.fingerprint
+    for name, old in record.get("fingerprint", {}).items():
+        if fingerprint.get(name) != old:
+            raise RunError(
+                f"{run} was started from a cache with {name} = {old}, {cache.path} has "
+                f"{fingerprint.get(name)}; resume with the run's own cache"
+            )
 
 
 def start_run(run: Path, config: TrainConfig, cache: Cache, tap: TapSpec | None) -> None:
@@ -150,6 +160,17 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except Exception as error:  # torch raises many kinds
         raise RunError(f"{path} is damaged ({error}); start the run again") from error
     return content
+
+
+def read_record(run: Path) -> dict[str, Any]:
+    """What a run was started from: cache, fingerprint, shards, tap, versions."""
+    try:
+        record: dict[str, Any] = json.loads((run / "run.json").read_text())
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"{run} is not a run folder: its run.json cannot be read: {error}"
+        ) from error
+    return record
 
 
 def read_config(run: Path) -> TrainConfig:

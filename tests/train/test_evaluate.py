@@ -12,7 +12,7 @@ import torch
 
 from kdcache.cache.reader import Cache
 from kdcache.config import TrainConfig
-from kdcache.errors import ModelError, RunError
+from kdcache.errors import CacheError, ModelError, RunError
 from kdcache.train import export as export_module
 from kdcache.train import loop
 from kdcache.train.evaluate import evaluate
@@ -73,6 +73,9 @@ def test_evaluate_refuses_what_it_cannot_score(standins, cache, run, tmp_path):
     standins.extract(tmp_path / "train_only", val_fraction=0.0, limit=2)
     with pytest.raises(RunError, match="no rows of split 'val'; it has train"):
         evaluate(run, Cache(tmp_path / "train_only"))
+    standins.extract(tmp_path / "other", yolo_target_layer="relu_2", limit=8)
+    with pytest.raises(CacheError, match="no tap 'segmentation_model_34.*it has relu_2"):
+        evaluate(run, Cache(tmp_path / "other"))
     standins.extract(tmp_path / "larger", size=96, limit=2)
     with pytest.raises(RunError, match="trained at 64 px.*96 px"):
         evaluate(run, Cache(tmp_path / "larger"))

@@ -235,13 +235,19 @@ def test_tap_of_another_grid_is_refused_before_anything_is_written(standins, tmp
     assert not (tmp_path / "run").exists()
 
 
-def test_existing_run_is_not_overwritten_and_a_resume_keeps_its_settings(cache, run, tmp_path):
+def test_existing_run_is_not_overwritten_and_a_resume_keeps_its_settings(
+    standins, cache, run, tmp_path
+):
+    standins.extract(tmp_path / "other", yolo_target_layer="relu_1")
+    other = Cache(tmp_path / "other")
     with pytest.raises(RunError, match="--resume"):
         train(cache, run)
     with pytest.raises(RunError, match="started with kl_weight = 1.0, now 2.0"):
         train(cache, run, resume=True, kl_weight=2.0)
     with pytest.raises(RunError, match="started with epochs = 3, now 9"):
         train(cache, run, resume=True, epochs=9)
+    with pytest.raises(RunError, match="started from a cache with yolo_target_layer"):
+        train(other, run, resume=True)
     with pytest.raises(RunError, match="no run to resume"):
         train(cache, tmp_path / "absent", resume=True)
 
