@@ -181,22 +181,26 @@ class CacheWriter:
 
 
 def _create(path: Path, manifest: Manifest) -> None:
-    """Lay out an empty cache beside `path` and give it its name when it is complete."""
-    staging = path.with_name(path.name + TEMPORARY_SUFFIX)
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    for spec in manifest.arrays():
-        folder = staging / spec.path
-        folder.mkdir(parents=True)
-        (folder / "zarr.json").write_bytes(_array_document(spec, manifest.shard_rows))
-    groups: dict[str, dict[str, Any]] = {"commits": {}, "features": {}}
-    groups[""] = {MANIFEST: manifest.as_json()}
-    for tap in manifest.as_json()["taps"]:
-        groups[tap["folder"]] = tap
-    for name, attributes in groups.items():
-        (staging / name).mkdir(exist_ok=True)
-        (staging / name / "zarr.json").write_bytes(group_document(attributes))
-    os.replace(staging, path)
+    """Lay out an empty cache beside `path` and give it its name when all of it is on disk."""
+    record = manifest.as_json()
+    groups: dict[str, dict[str, Any]] = {".": {MANIFEST: record}, "commits": {}, "features": {}}
+    documents = {name: group_document(attributes) for name, attributes in groups.items()}
+    documents |= {tap["folder"]: group_document(tap) for tap in record["taps"]}
+    documents |= {
+        spec.path: _array_document(spec, manifest.shard_rows) for spec in manifest.arrays()
+    }
+    staging = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+    try:
+        for name, document in documents.items():
+            (staging / name).mkdir(parents=True, exist_ok=True)
+            write_atomic(staging / name / "zarr.json", document)
+        staging.rename(path)
+    except OSError as error:
+        if path.exists():  # two writers started at once
+            raise CacheError(f"{path} was just made by another process; run again") from error
+        raise
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
     fsync(path.parent)
 
 
