@@ -29,7 +29,9 @@ YoloInput = Literal["rgb01", "bgr01", "rgb255", "bgr255"]
 
 
 class _Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False
+    )
 
 
 class ExtractConfig(_Settings):
@@ -48,7 +50,7 @@ class ExtractConfig(_Settings):
     teacher_encoder: str = Field(
         "timm-efficientnet-b3", description="smp encoder of a teacher checkpoint"
     )
-    size: int = Field(640, gt=0, description="side of the square model input, px")
+    size: int = Field(640, gt=0, le=8192, description="side of the square model input, px")
     resize: Literal["stretch", "letterbox"] = Field(
         "stretch", description="how an image of another shape is fitted"
     )
@@ -78,7 +80,9 @@ class TrainConfig(_Settings):
     encoder_weights: str = Field(
         "imagenet", description="a weights file, `imagenet` (hub) or `random`"
     )
-    projection_hidden_dim: int = Field(768, ge=1, description="channels inside the projection")
+    projection_hidden_dim: int = Field(
+        768, ge=1, le=65536, description="channels inside the projection"
+    )
     epochs: int = Field(50, ge=1)
     batch_size: int = Field(4, ge=1, description="rows a step")
     optimizer: Literal["AdamW"] = "AdamW"
@@ -100,7 +104,7 @@ class TrainConfig(_Settings):
     dice_weight: float = Field(1.0, ge=0)
     feature_weight: float = Field(0.5, ge=0)
     feature_loss: Literal["mse", "cosine"] = "mse"
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
 
     @property
     def last_temperature(self) -> float:
@@ -109,7 +113,10 @@ class TrainConfig(_Settings):
 
     def to_toml(self) -> str:
         """The resolved settings as a TOML file that `--config` reads back."""
-        return "".join(f"{key} = {json.dumps(value)}\n" for key, value in self.model_dump().items())
+        return "".join(
+            f"{key} = {json.dumps(value, ensure_ascii=False)}\n"
+            for key, value in self.model_dump().items()
+        )
 
 
 SettingsT = TypeVar("SettingsT", ExtractConfig, TrainConfig)

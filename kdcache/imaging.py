@@ -16,7 +16,7 @@ from typing import Literal
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from kdcache.errors import SampleError
 
@@ -114,7 +114,12 @@ def decode_image(data: bytes) -> U8:
     Raises SampleError for anything Pillow cannot decode completely.
     """
     picture = _open(data)
-    return _to_rgb(ImageOps.exif_transpose(picture))
+    try:
+        return _to_rgb(ImageOps.exif_transpose(picture))
+    except SampleError:
+        raise
+    except Exception as error:  # damaged EXIF raises many kinds
+        raise SampleError(f"cannot be oriented or converted: {_told(error)}") from error
 
 
 def decode_mask(data: bytes) -> U8:
@@ -123,7 +128,7 @@ def decode_mask(data: bytes) -> U8:
     The mask's own EXIF orientation is ignored: a mask is a measurement, not a photo.
     """
     picture = _open(data)
-    values = np.asarray(picture if picture.mode in ("L", "P", "1") else _grey(picture))
+    values = _mask_values(picture)
     found = np.unique(values)
     if np.isin(found, (0, 1)).all():
         return values.astype(np.uint8)
@@ -143,15 +148,29 @@ def _open(data: bytes) -> Image.Image:
         picture = Image.open(io.BytesIO(data))
         picture.load()
     except Exception as error:  # Pillow raises many kinds for damaged files
-        raise SampleError(
-            f"cannot be decoded as an image: {type(error).__name__}: {error}"
-        ) from error
+        raise SampleError(f"cannot be decoded as an image: {_told(error)}") from error
     return picture
 
 
-def _grey(picture: Image.Image) -> NDArray[np.generic]:
-    """A colour mask is accepted when its channels agree (a grey picture saved as RGB)."""
-    channels = np.asarray(picture.convert("RGB") if picture.mode != "RGB" else picture)
+def _told(error: Exception) -> str:
+    """An error of Pillow's in words for a person: without the address of our buffer."""
+    if isinstance(error, UnidentifiedImageError):
+        return "no image format is recognised in it"
+    return f"{type(error).__name__}: {error}"
+
+
+def _mask_values(picture: Image.Image) -> NDArray[np.generic]:
+    """The values as stored: converting first would clip or round other value sets into good ones.
+
+    A colour mask is accepted when its channels agree (a grey picture saved as RGB).
+    """
+    if picture.mode in ("L", "P", "1") or picture.mode.startswith("I"):
+        return np.asarray(picture)
+    if picture.mode not in ("RGB", "RGBA", "LA"):
+        raise SampleError(
+            f"mask has Pillow's pixel mode {picture.mode}; expected one channel of 0/1 or 0/255"
+        )
+    channels = np.asarray(picture.convert("RGB"))
     if not (channels == channels[..., :1]).all():
         raise SampleError("mask is a colour picture; expected one channel of 0/1 or 0/255")
     return channels[..., 0]

@@ -71,3 +71,18 @@ def test_missing_and_broken_files_are_refused(tmp_path):
 def test_a_path_is_a_string_without_quotes():
     config = load(ExtractConfig, assignments=["teacher_checkpoint=ext_extractor/2020-09-23a.pth"])
     assert config.teacher_checkpoint == Path("ext_extractor/2020-09-23a.pth")
+
+
+@pytest.mark.parametrize("text", ["w😀/weights.safetensors", 'a "b" \\ c', "日本語"])
+def test_every_path_survives_the_run_folder(tmp_path, text):
+    config = TrainConfig(encoder_weights=text)
+    (tmp_path / "c.toml").write_text(config.to_toml(), encoding="utf-8")
+    assert load(TrainConfig, str(tmp_path / "c.toml")) == config
+
+
+@pytest.mark.parametrize(
+    "assignment", ["learning_rate=inf", "kl_weight=nan", "seed=99999999999999999999999"]
+)
+def test_numbers_that_training_cannot_use_are_refused(assignment):
+    with pytest.raises(ConfigError, match=assignment.split("=")[0]):
+        load(TrainConfig, assignments=[assignment])

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from kdcache import imaging
 from kdcache.errors import SampleError
@@ -125,3 +126,25 @@ def test_numpy_and_torch_normalise_alike():
     ours = imaging.imagenet_normalised(images)
     assert ours.shape == (1, 3, 6, 5)
     assert np.allclose(ours, normalised(torch.from_numpy(images)).numpy(), atol=1e-6)
+
+
+def test_damaged_exif_is_a_reason_not_a_crash():
+    info = PngInfo()
+    info.add_text("Raw profile type exif", "\nexif\n 10\nzzzz")
+    data = encoded(Image.new("RGB", (4, 4)), pnginfo=info)
+    with pytest.raises(SampleError, match="oriented or converted"):
+        imaging.decode_image(data)
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        (np.array([[0, 0.7]], np.float32), "TIFF"),
+        (np.array([[0, 300]], np.uint16), "PNG"),
+        (np.array([[0, 65535]], np.uint16), "PNG"),
+    ],
+)
+def test_masks_are_judged_by_their_stored_values(values, kind):
+    """Converted to 8 bits first, these would pass as empty or as 0/255."""
+    with pytest.raises(SampleError, match="mask has"):
+        imaging.decode_mask(encoded(Image.fromarray(values), kind))

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import shutil
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -30,6 +31,7 @@ from kdcache.cache.format import (
     group_document,
     read_commits,
     read_manifest,
+    read_skipped,
 )
 from kdcache.cache.shard import ShardFile
 from kdcache.durable import TEMPORARY_SUFFIX, fsync, write_atomic
@@ -53,6 +55,8 @@ class CacheWriter:
         self._specs = manifest.arrays()
         self._keys: list[RowKey] = []
         self._files: dict[str, ShardFile] = {}
+        # An interrupt may end the block while another thread is inside `append`.
+        self._row_lock = threading.RLock()
         self._torn = False  # a row reached some arrays only: the open shard must not be committed
         if path.exists():
             _check_same(path, read_manifest(path), manifest)
@@ -74,13 +78,15 @@ class CacheWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        try:
-            if (kind is None or issubclass(kind, KeyboardInterrupt)) and not self._torn:
-                self.commit()
-        finally:
-            for file in self._files.values():
-                file.abandon()
-            os.close(self._lock)
+        with self._row_lock:
+            try:
+                if (kind is None or issubclass(kind, KeyboardInterrupt)) and not self._torn:
+                    self.commit()
+            finally:
+                self._torn = True  # whatever still comes from another thread is refused
+                for file in self._files.values():
+                    file.abandon()
+                os.close(self._lock)
 
     def append(self, key: RowKey, arrays: Mapping[str, NDArray[np.generic]]) -> None:
         """Add one row, given as array path to values; commits when the shard is full.
@@ -88,6 +94,10 @@ class CacheWriter:
         A row of another split than the open shard's starts a new shard, so that a split can be
         copied or dropped by whole files.
         """
+        with self._row_lock:
+            self._append(key, arrays)
+
+    def _append(self, key: RowKey, arrays: Mapping[str, NDArray[np.generic]]) -> None:
         if key in self.committed or key in self._keys:
             raise CacheError(f"row {tuple(key)} is in {self._path} already")
         if self._keys and self._keys[-1].split != key.split:
@@ -131,6 +141,8 @@ class CacheWriter:
 
     def record_skipped(self, reasons: Mapping[str, str]) -> None:
         """Store which images had to be left out and why, in place of the last list."""
+        if read_skipped(self._path) == dict(reasons):
+            return
         folder = self._path / "skipped"
         folder.mkdir(exist_ok=True)
         write_atomic(folder / "zarr.json", group_document({SKIPPED: dict(reasons)}))

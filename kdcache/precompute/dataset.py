@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
 from kdcache.errors import DatasetError, SampleError
@@ -96,14 +97,14 @@ def coco_dataset(images: Path, annotations: Path, all_images: bool = False) -> D
     if not categories:
         names = ", ".join(sorted(c["name"] for c in document["categories"])[:10])
         raise DatasetError(f"{annotations} has no category {CATEGORY!r}; it has {names}")
-    by_image: dict[Any, list[Mapping[str, Any]]] = defaultdict(list)
+    by_image: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for annotation in document["annotations"]:
         if annotation["category_id"] in categories:
-            by_image[annotation["image_id"]].append(annotation)
+            by_image[str(annotation["image_id"])].append(annotation)
     samples, without_person = [], 0
-    for image in sorted(document["images"], key=lambda image: str(image["file_name"])):
-        people = by_image[image["id"]]
-        if not all_images and all(person.get("iscrowd") for person in people):
+    for image in sorted(document["images"], key=lambda image: image["file_name"]):
+        people = by_image[str(image["id"])]
+        if not all_images and all(_is_crowd(person) for person in people):
             without_person += 1
             continue
         samples.append(
@@ -135,8 +136,8 @@ def rasterise(annotations: Sequence[Mapping[str, Any]], height: int, width: int)
     mask = np.zeros((height, width), np.uint8)
     for crowd in (True, False):
         for annotation in annotations:
-            if bool(annotation.get("iscrowd")) == crowd:
-                covered = _covered(annotation["segmentation"], height, width)
+            if _is_crowd(annotation) == crowd:
+                covered = _covered(annotation.get("segmentation"), height, width)
                 mask[covered] = IGNORE if crowd else PERSON
     return mask
 
@@ -150,17 +151,61 @@ def split_of(sample_id: str, val_fraction: float, seed: int) -> str:
     return "val" if int.from_bytes(digest[:8], "big") < val_fraction * 2**64 else "train"
 
 
-def _covered(segmentation: Any, height: int, width: int) -> Any:
+def _is_crowd(annotation: Mapping[str, Any]) -> bool:
+    return str(annotation.get("iscrowd", 0)) not in ("0", "False", "None")
+
+
+def _covered(segmentation: Any, height: int, width: int) -> NDArray[np.bool_]:
     try:
         if isinstance(segmentation, list):
+            _check_polygons(segmentation, height, width)
             encoded = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
         elif isinstance(segmentation["counts"], list):
             encoded = coco_mask.frPyObjects(segmentation, height, width)
         else:
             encoded = segmentation
-        return coco_mask.decode(encoded).astype(bool)
+        runs = coco_mask.decode(encoded)
+        # decoding stops at the end of the counts and leaves the rest 0; encoding shows the gap
+        if list(encoded["size"]) != [height, width] or _pixels(encoded) != height * width:
+            raise ValueError(f"its run lengths do not cover {height}×{width} pixels")
+        return np.asarray(runs, bool)
     except Exception as error:  # pycocotools raises bare Exceptions
         raise SampleError(f"its COCO segmentation cannot be read: {error}") from error
+
+
+def _check_polygons(polygons: Sequence[Any], height: int, width: int) -> None:
+    """pycocotools hangs on NaN, crashes on huge coordinates and drops an odd last number."""
+    if not polygons:
+        raise ValueError("it is empty")
+    limit = 10 * (height + width)
+    for polygon in polygons:
+        points = np.asarray(polygon, np.float64)
+        if points.ndim != 1 or points.size < 6 or points.size % 2:
+            raise ValueError(
+                f"a polygon has {points.size} numbers, expected x, y of 3 points or more"
+            )
+        if not (np.abs(points) <= limit).all():
+            raise ValueError(f"a polygon's coordinates are not within ±{limit} px")
+
+
+def _pixels(encoded: Mapping[str, Any]) -> int:
+    """Sum of the run lengths of a compressed RLE: 5 bits a character from "0" on, low bits first,
+    0x20 says that more follow, and from the third run on each is a difference to the last but one."""
+    counts = encoded["counts"]
+    data = counts.encode() if isinstance(counts, str) else counts
+    runs: list[int] = []
+    position = 0
+    while position < len(data):
+        value, shift, more = 0, 0, True
+        while more:
+            bits = data[position] - 48
+            value |= (bits & 0x1F) << shift
+            more = bool(bits & 0x20)
+            position, shift = position + 1, shift + 5
+            if not more and bits & 0x10:
+                value |= -1 << shift
+        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+    return sum(runs)
 
 
 def _by_stem(folder: Path, option: str) -> dict[str, Path]:
@@ -171,6 +216,8 @@ def _by_stem(folder: Path, option: str) -> dict[str, Path]:
         if path.suffix.lower() not in IMAGE_SUFFIXES or not path.is_file():
             continue
         stem = path.relative_to(folder).with_suffix("").as_posix()
+        if not stem.isprintable() and "\udc80" <= max(stem) <= "\udcff":
+            raise DatasetError(f"{option}: the file name {stem!r} is not valid UTF-8; rename it")
         if stem in found:
             raise DatasetError(
                 f"{found[stem]} and {path} differ only in their suffix; which one is meant? "
@@ -183,20 +230,46 @@ def _by_stem(folder: Path, option: str) -> dict[str, Path]:
     return found
 
 
-def _read_coco(path: Path) -> dict[str, Any]:
+_ENTRY_FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
+    "images": {"id": (int, str), "file_name": str, "height": int, "width": int},
+    "annotations": {"image_id": (int, str), "category_id": (int, str)},
+    "categories": {"id": (int, str), "name": str},
+}
+_LARGEST_SIDE_PX = 100_000
+
+
+def _read_coco(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """The three lists of a COCO file, each entry checked for the fields that are used of it."""
     if not path.is_file():
         raise DatasetError(f"--coco {path}: no such file")
     try:
         document = json.loads(path.read_bytes())
-        wanted = ("images", "annotations", "categories")
-        missing = [key for key in wanted if not isinstance(document.get(key), list)]
+        missing = [key for key in _ENTRY_FIELDS if not isinstance(document.get(key), list)]
     except (ValueError, AttributeError) as error:
         raise DatasetError(f"--coco {path}: not a JSON object: {error}") from error
     if missing:
         raise DatasetError(
             f"--coco {path}: no list {' or '.join(missing)} in it; expected COCO instances JSON"
         )
+    for kind, fields in _ENTRY_FIELDS.items():
+        for number, entry in enumerate(document[kind]):
+            _check_entry(f"--coco {path}: {kind}[{number}]", entry, fields)
     return dict(document)
+
+
+def _check_entry(where: str, entry: Any, fields: Mapping[str, type | tuple[type, ...]]) -> None:
+    if not isinstance(entry, dict):
+        raise DatasetError(f"{where}: expected an object, it is {entry!r}")
+    for name, kind in fields.items():
+        if not isinstance(entry.get(name), kind) or entry[name] == "":
+            raise DatasetError(f"{where}: {name} is {entry.get(name)!r}; expected COCO's {name}")
+        if name in ("height", "width") and not 0 < entry[name] <= _LARGEST_SIDE_PX:
+            raise DatasetError(
+                f"{where}: {name} is {entry[name]}; expected 1 to {_LARGEST_SIDE_PX} px"
+            )
+    file_name = entry.get("file_name", "")
+    if file_name.startswith("/") or ".." in Path(file_name).parts:
+        raise DatasetError(f"{where}: file_name {file_name!r} leads out of the --images folder")
 
 
 def _some(names: Sequence[str]) -> str:

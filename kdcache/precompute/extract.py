@@ -35,7 +35,13 @@ from kdcache.cache.format import (
 from kdcache.cache.reader import Cache
 from kdcache.cache.writer import CacheWriter
 from kdcache.config import ExtractConfig
-from kdcache.errors import CacheError, ConfigError, DatasetError, SampleError
+from kdcache.errors import (
+    CacheError,
+    ConfigError,
+    DatasetError,
+    SampleError,
+    device_memory,
+)
 from kdcache.imaging import INTERPOLATION, U8, decode_image, place, resize_image, resize_mask
 from kdcache.precompute.dataset import Dataset, Sample, split_of
 from kdcache.precompute.onnx_session import Device, resolve_device
@@ -107,6 +113,8 @@ def extract(
     started = time.monotonic()
     place_on = resolve_device(device)
     planned = _planned(dataset, config, split, limit)
+    if out.exists() and not (out / "zarr.json").is_file():
+        raise CacheError(f"--out {out} exists and is not a kdcache cache; choose another")
     found = Cache(out) if out.exists() else None
     _refuse_second_split(planned, found)
     yolo, teacher = _load_models(config, place_on)
@@ -294,9 +302,10 @@ def _run(
     with ThreadPoolExecutor(1, thread_name_prefix="write") as pool:
         writing: deque[tuple[RowKey, Future[None]]] = deque()
         for batch in _batched(rows, batch_size):
-            images = np.stack([row.image for row in batch])
-            padding = np.repeat(images[-1:], batch_size - len(batch), axis=0)
-            images = np.concatenate([images, padding])
+            with device_memory("stacking a batch", "lower --batch-size"):
+                images = np.stack([row.image for row in batch])
+                padding = np.repeat(images[-1:], batch_size - len(batch), axis=0)
+                images = np.concatenate([images, padding])
             features, logits = yolo.features(images), teacher.logits(images)
             for row, feature_CHW, logits_HW in zip(batch, features, logits, strict=False):
                 write = pool.submit(_write, writer, manifest, row, feature_CHW, logits_HW)

@@ -119,7 +119,7 @@ def read_tensors(path: Path) -> Tensors:
     content = _read_pickle(path)
     state = content.get("state_dict", content) if isinstance(content, dict) else None
     if isinstance(state, dict):
-        tensors = {key: v for key, v in state.items() if isinstance(v, torch.Tensor)}
+        tensors = {str(key): v for key, v in state.items() if isinstance(v, torch.Tensor)}
         if tensors:
             return tensors
     raise ModelError(
@@ -140,6 +140,8 @@ def _read_pickle(path: Path) -> Any:
         content = torch.load(
             path, map_location="cpu", weights_only=False, pickle_module=_inert_pickle(dropped)
         )
+    except pickle.UnpicklingError as error:
+        raise ModelError(f"{path}: not a torch checkpoint: {error}") from error
     except Exception as error:
         raise ModelError(
             f"{path}: its tensors cannot be read without running code it holds ({error}); save "

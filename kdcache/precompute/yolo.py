@@ -78,9 +78,12 @@ def tapped(model: ModelProto, tap: str, path: Path) -> ModelProto:
     used = {name for node in kept for name in _names_used(node)}
     cut = ModelProto()
     cut.CopyFrom(model)
-    del cut.graph.node[:], cut.graph.output[:], cut.graph.initializer[:]
+    del cut.graph.node[:], cut.graph.output[:], cut.graph.initializer[:], cut.graph.input[:]
     cut.graph.node.extend(kept)
     cut.graph.initializer.extend(i for i in graph.initializer if i.name in used)
+    # Exports of IR version 3 list their weights as inputs too; those are no inputs to feed.
+    weights = {i.name for i in graph.initializer}
+    cut.graph.input.extend(i for i in graph.input if i.name in used - weights)
     # ONNX Runtime infers the type of an output that is only named.
     known = [*graph.output, *graph.value_info]
     cut.graph.output.append(

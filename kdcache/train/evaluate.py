@@ -17,6 +17,7 @@ from kdcache.train import losses
 from kdcache.train.loader import read_batches
 from kdcache.train.metrics import Segmentation, agreement
 from kdcache.train.run_folder import (
+    check_cache,
     read_best_projection,
     read_best_student,
     read_config,
@@ -93,8 +94,7 @@ def evaluate(run: Path, cache: Cache, split: str = "val", device: str = "auto") 
         splits = ", ".join(sorted({key.split for key in cache.keys})) or "none"
         raise RunError(f"{cache.path} has no rows of split {split!r}; it has {splits}: use --split")
     projection, tap = read_best_projection(run, student), read_record(run)["tap"]
-    if tap is not None:
-        cache.tap(tap)  # refuses a cache that has no such tap
+    check_cache(run, read_record(run), cache)
     with device_memory("evaluating", "use --device cpu"):
         scores = score(
             student.to(on),

@@ -41,6 +41,8 @@ def export(run: Path, out: Path) -> ExportReport:
     """
     student, metadata = read_best_student(run)
     size = metadata["size_px"]
+    if out.is_dir() or not out.name:
+        raise ModelError(f"--out {out} is a folder; name the file to write, such as student.onnx")
     out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(out) as temporary:
         _write(student.unet, size, temporary, metadata)

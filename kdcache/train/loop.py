@@ -57,13 +57,14 @@ def train(
     started = time.monotonic()
     on = resolve_device(device)
     record = open_run(out, config, resume)
+    check_cache(out, record, Cache(cache_path))
     cache = Cache(cache_path, shards=record.get("shards"))
-    check_cache(out, record, cache)
     # Without a feature loss no feature byte is read and there is nothing to project.
     tap = cache.manifest.taps[0] if config.feature_weight > 0 else None
     val_rows = cache.rows_of("val")
     _check_splits(cache, val_rows)
-    state = _build(config, cache, tap, on)
+    with device_memory("building the student", "lower projection_hidden_dim"):
+        state = _build(config, cache, tap, on)
     if resume:
         restore(out, state)
     else:

@@ -27,6 +27,11 @@ from kdcache.errors import RunError
 from kdcache.train.student import Projection, Student
 from kdcache.train.weights import read_student, save_student
 
+# What `start_run` makes before run.json: all that a stop in between leaves.
+_BEFORE_RUN = {"checkpoints", "visualizations", "config.toml"}
+
+_MAY_DIFFER = ("precision", "execution_provider")
+
 
 @dataclass(kw_only=True)
 class State:
@@ -57,10 +62,10 @@ def open_run(run: Path, config: TrainConfig, resume: bool) -> dict[str, Any]:
     """
     exists = (run / "run.json").exists()
     if not resume:
-        if exists or (run.exists() and any(run.iterdir())):
-            raise RunError(
-                f"{run} is not empty; continue its run with --resume, or choose another --out"
-            )
+        if exists:
+            raise RunError(f"{run} holds a run: continue it with --resume, or choose another --out")
+        if run.exists() and (not run.is_dir() or {p.name for p in run.iterdir()} - _BEFORE_RUN):
+            raise RunError(f"{run} exists and is not a run folder; choose another --out")
         return {}
     if not exists:
         raise RunError(f"{run} holds no run to resume; start one without --resume")
@@ -76,13 +81,16 @@ def open_run(run: Path, config: TrainConfig, resume: bool) -> dict[str, Any]:
 
 
 def check_cache(run: Path, record: dict[str, Any], cache: Cache) -> None:
-    """Raise RunError when a run would go on with a cache of other models or preprocessing."""
+    """Raise RunError when a run meets a cache of other models or preprocessing than its own.
+
+    Precision and execution provider may differ: they change the numbers a little, not their meaning.
+    """
     fingerprint = cache.manifest.fingerprint
     for name, old in record.get("fingerprint", {}).items():
-        if fingerprint.get(name) != old:
+        if name not in _MAY_DIFFER and fingerprint.get(name) != old:
             raise RunError(
                 f"{run} was started from a cache with {name} = {old}, {cache.path} has "
-                f"{fingerprint.get(name)}; resume with the run's own cache"
+                f"{fingerprint.get(name)}; use a cache made as the run's own was"
             )
 
 

@@ -90,6 +90,8 @@ def resolve_device(device: str) -> str:
     """`cpu` or `cuda…`; auto is CUDA when torch sees a GPU. Raises ProviderError for an absent one."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.split(":", maxsplit=1)[0] not in ("cpu", "cuda"):
+        raise ProviderError(f"--device {device}: expected auto, cpu, cuda or cuda:N")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ProviderError(
             f"--device {device}: torch {torch.__version__} sees no CUDA device; check the driver "
@@ -112,9 +114,10 @@ def _unet(encoder: str, weights: str | bool | None = None) -> Any:
         warnings.filterwarnings("ignore", message="`timm-` encoders are deprecated")
         try:
             return smp.Unet(encoder, encoder_weights=weights, classes=1)
-        except (KeyError, RuntimeError) as error:
+        except (KeyError, RuntimeError, ValueError, AttributeError, TypeError) as error:
             raise ModelError(
-                f"student_encoder = {encoder!r} cannot be built by smp: {error}"
+                f"student_encoder = {encoder!r} cannot be built by smp ({type(error).__name__}: "
+                f"{str(error)[:200]})"
             ) from error
 
 

@@ -75,9 +75,11 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and safetensors raise many kinds
-        raise ModelError(f"--encoder-weights {path}: cannot be read: {error}") from error
+        # torch's own text goes on to advise weights_only=False, which would run code in the file
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(f"--encoder-weights {path}: cannot be read: {why}") from error
     state = content.get("state_dict", content) if isinstance(content, dict) else {}
-    return {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+    return {str(key): value for key, value in state.items() if isinstance(value, torch.Tensor)}
 
 
 def _renamed(

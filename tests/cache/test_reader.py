@@ -7,6 +7,8 @@ import pickle
 import shutil
 import subprocess
 import sys
+import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -57,6 +59,23 @@ def test_plain_zarr_lists_the_cache_and_ties_every_row_to_its_sample(small):
         for path, values in make_row(number)[1].items():
             assert np.array_equal(group[path][number], values)
     assert np.isnan(group["teacher_logits"][5]).all()  # a slot without a row cannot be mistaken
+
+
+def test_the_page_on_the_format_reads_a_cache_with_zarr_alone(small, monkeypatch):
+    """The code of docs/format.md, run as it stands there."""
+    page = (Path(__file__).parents[2] / "docs/format.md").read_text()
+    code = page[
+        page.index("    group = zarr.open_group") : page.index("Without the commit records")
+    ]
+    code = textwrap.dedent(code) + "\n        seen[index] = sample_id, row['source_bytes'], image\n"
+    monkeypatch.chdir(small.parent)
+    small.rename("coco.zarr")
+    seen = {}
+    exec(code, {"zarr": zarr, "json": json, "seen": seen})
+    assert {n: pair[:2] for n, pair in seen.items()} == {
+        n: (f"photos/{n}.jpg", n) for n in range(5)
+    }
+    assert all(np.array_equal(seen[n][2], make_row(n)[1]["image"]) for n in range(5))
 
 
 def test_tensorstore_reads_every_array(small):

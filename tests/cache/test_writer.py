@@ -168,3 +168,14 @@ def test_folder_that_is_no_cache_is_left_alone(tmp_path):
     with pytest.raises(CacheError, match="not a kdcache cache"):
         CacheWriter(tmp_path / "notes", MANIFEST)
     assert [p.name for p in (tmp_path / "notes").iterdir()] == ["todo.txt"]
+
+
+def test_a_row_that_comes_after_the_block_ended_is_refused(tmp_path):
+    """A second Ctrl-C can end the block while the writing thread still has rows."""
+    writer = CacheWriter(tmp_path / "c", MANIFEST)
+    with pytest.raises(KeyboardInterrupt), writer:
+        writer.append(*make_row(0))
+        raise KeyboardInterrupt
+    with pytest.raises(CacheError, match="earlier write failed"):
+        writer.append(*make_row(1))
+    assert_holds(tmp_path / "c", range(1))

@@ -151,3 +151,71 @@ def test_split_depends_on_the_id_alone_and_keeps_the_share():
     # a larger share only moves images into val, never out
     larger = [split_of(name, 0.4, 0) for name in ids]
     assert all(new == "val" for old, new in zip(first, larger, strict=True) if old == "val")
+
+
+def bad_fields():
+    """(list, field, value): one wrong field of one entry of a COCO file each."""
+    for value in (None, "60", 60.0, 0, -60, 10**9):
+        yield "images", "height", value
+    for value in (None, 7, "", "/etc/passwd", "../up.jpg"):
+        yield "images", "file_name", value
+    yield "images", "id", [1]
+    yield "annotations", "image_id", None
+    yield "annotations", "category_id", {}
+    yield "categories", "name", None
+
+
+@pytest.mark.parametrize(("kind", "name", "value"), list(bad_fields()))
+def test_odd_entries_of_a_coco_file_are_refused_by_place(tmp_path, kind, name, value):
+    images, file = coco(tmp_path, [person(0, SQUARE)])
+    document = json.loads(file.read_text())
+    document[kind][0][name] = value
+    file.write_text(json.dumps(document))
+    with pytest.raises(DatasetError, match=rf"{kind}\[0\].*{name}"):
+        coco_dataset(images, file)
+
+
+@pytest.mark.parametrize("kind", ["images", "annotations", "categories"])
+def test_entry_that_is_no_object_is_refused(tmp_path, kind):
+    images, file = coco(tmp_path, [person(0, SQUARE)])
+    document = json.loads(file.read_text())
+    document[kind][0] = 3
+    file.write_text(json.dumps(document))
+    with pytest.raises(DatasetError, match=rf"{kind}\[0\]"):
+        coco_dataset(images, file)
+
+
+@pytest.mark.parametrize(
+    "segmentation",
+    [
+        None,
+        [],
+        [[1.0, 1, 5, 1, 5]],
+        [[1.0, 1]],
+        [[float("nan"), 1, 5, 1, 5, 4]],
+        [[1e9, 1, -1e9, 1, 5, 4]],
+        [["a", "b", "c", "d", "e", "f"]],
+        {"size": [8, 10]},
+        {"size": [10, 8], "counts": [0, 80]},
+        {"size": [8, 10], "counts": [9, 3]},
+        {"size": [8, 10], "counts": [0, 81]},
+        {"size": [8, 10], "counts": ""},
+        {"size": [8, 10], "counts": "zzzzzz"},
+    ],
+)
+def test_odd_segmentations_are_refused_neither_crashing_nor_guessed(segmentation):
+    with pytest.raises(SampleError, match="segmentation cannot be read"):
+        rasterise([{"segmentation": segmentation}], 8, 10)
+
+
+def test_ids_as_strings_and_crowd_as_text_mean_the_same(tmp_path):
+    everywhere = {"size": [8, 10], "counts": [0, 80]}
+    annotations = [person("0", SQUARE, iscrowd="0"), person("1", everywhere, iscrowd="1")]
+    assert [s.sample_id for s in coco_dataset(*coco(tmp_path, annotations)).samples] == ["0.jpg"]
+
+
+def test_file_name_that_is_not_utf8_is_refused(tmp_path):
+    save(tmp_path / "images/a.jpg")
+    (tmp_path / "images/a.jpg").rename(tmp_path / "images/\udcff.jpg")
+    with pytest.raises(DatasetError, match="not valid UTF-8"):
+        folder_dataset(tmp_path / "images", tmp_path / "images")

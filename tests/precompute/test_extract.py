@@ -11,6 +11,7 @@ from conftest import SIZE
 from kdcache.cache.format import read_skipped
 from kdcache.cache.reader import Cache
 from kdcache.errors import (
+    CacheError,
     ConfigError,
     DatasetError,
     DeviceMemoryError,
@@ -199,6 +200,14 @@ def test_dataset_without_one_good_image_leaves_nothing(standins, tmp_path):
     with pytest.raises(DatasetError, match=r"none of the 1 images can be used \(a.jpg: .*empty"):
         engine.extract(standins.config(), dataset, tmp_path / "c", device="cpu")
     assert not (tmp_path / "c").exists()
+
+
+def test_out_that_is_something_else_is_left_alone(standins, tmp_path):
+    (tmp_path / "notes.txt").write_text("keep me")
+    for out in (tmp_path, tmp_path / "notes.txt"):
+        with pytest.raises(CacheError, match="exists and is not a kdcache cache; choose another"):
+            standins.extract(out)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
 @pytest.mark.parametrize(

@@ -149,6 +149,12 @@ def test_files_without_weights_are_refused(tmp_path):
         Teacher(tmp_path / "absent.pth", encoder=SMALL, device="cpu", size_px=64)
 
 
+def test_a_state_of_other_keys_is_refused(tmp_path):
+    torch.save({1: torch.ones(1)}, tmp_path / "numbers.pth")
+    with pytest.raises(ModelError, match="does not fit"):
+        load_checkpoint(tmp_path / "numbers.pth", SMALL)
+
+
 def test_whole_pickled_module_is_refused_not_run(tmp_path, small_unet):
     torch.save(small_unet, tmp_path / "module.pth")
     with pytest.raises(ModelError, match="no weights in it|without running code"):

@@ -12,7 +12,7 @@ import torch
 
 from kdcache.cache.reader import Cache
 from kdcache.config import TrainConfig
-from kdcache.errors import CacheError, ModelError, RunError
+from kdcache.errors import ModelError, RunError
 from kdcache.train import export as export_module
 from kdcache.train import loop
 from kdcache.train.evaluate import evaluate
@@ -74,7 +74,7 @@ def test_evaluate_refuses_what_it_cannot_score(standins, cache, run, tmp_path):
     with pytest.raises(RunError, match="no rows of split 'val'; it has train"):
         evaluate(run, Cache(tmp_path / "train_only"))
     standins.extract(tmp_path / "other", yolo_target_layer="relu_2", limit=8)
-    with pytest.raises(CacheError, match="no tap 'segmentation_model_34.*it has relu_2"):
+    with pytest.raises(RunError, match="yolo_target_layer = segmentation.*has relu_2"):
         evaluate(run, Cache(tmp_path / "other"))
     standins.extract(tmp_path / "larger", size=96, limit=2)
     with pytest.raises(RunError, match="trained at 64 px.*96 px"):
@@ -86,6 +86,11 @@ def exported(run, tmp_path_factory):
     """The run exported, once: torch's exporter takes 17 s."""
     folder = tmp_path_factory.mktemp("export")
     return export(run, folder / "student.onnx")
+
+
+def test_evaluate_takes_another_precision_of_the_same_models(standins, run, tmp_path):
+    standins.extract(tmp_path / "exact", precision="float32")
+    assert evaluate(run, Cache(tmp_path / "exact"), device="cpu")["student_miou"] > 0
 
 
 def test_exported_student_gives_pytorchs_logits_at_several_batches(run, exported):
@@ -122,6 +127,11 @@ def test_export_that_differs_from_pytorch_leaves_no_file(run, tmp_path, monkeypa
     with pytest.raises(ModelError, match="differs from PyTorch's by 0.5"):
         export(run, tmp_path / "student.onnx")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_export_to_a_folder_is_refused(run, tmp_path):
+    with pytest.raises(ModelError, match="is a folder"):
+        export(run, tmp_path)
 
 
 def test_overlay_shows_each_row_in_four_columns(cache, run, tmp_path):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from kdcache.cache.reader import Cache
 from kdcache.config import TrainConfig
-from kdcache.errors import DeviceMemoryError, ProviderError, RunError
+from kdcache.errors import DeviceMemoryError, ModelError, ProviderError, RunError
 from kdcache.train import loop
 from kdcache.train.run_folder import read_checkpoint
 from kdcache.train.student import build_student
@@ -250,6 +250,28 @@ def test_existing_run_is_not_overwritten_and_a_resume_keeps_its_settings(
         train(other, run, resume=True)
     with pytest.raises(RunError, match="no run to resume"):
         train(cache, tmp_path / "absent", resume=True)
+
+
+def test_a_stop_before_the_run_began_and_a_foreign_folder_are_told_apart(cache, tmp_path):
+    (tmp_path / "begun/checkpoints").mkdir(parents=True)
+    train(cache, tmp_path / "begun", epochs=1, feature_weight=0.0)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/a.jpg").touch()
+    with pytest.raises(RunError, match="not a run folder; choose another"):
+        train(cache, tmp_path / "photos")
+
+
+@pytest.mark.parametrize("device", ["foo", "meta"])
+def test_unknown_device_is_refused(cache, tmp_path, device):
+    with pytest.raises(ProviderError, match="expected auto, cpu, cuda"):
+        loop.train(cache.path, tmp_path / "run", config(), device=device)
+
+
+@pytest.mark.parametrize("encoder", ["nosuch", "tu-nosuch", "tu-vit_base_patch16_224"])
+def test_encoder_that_smp_cannot_build_is_refused(cache, tmp_path, encoder):
+    with pytest.raises(ModelError, match=f"student_encoder = '{encoder}'"):
+        train(cache, tmp_path / "run", student_encoder=encoder)
+    assert not (tmp_path / "run").exists()
 
 
 def test_absent_cuda_is_an_error_not_a_slow_run(cache, tmp_path):
