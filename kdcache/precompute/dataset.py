@@ -37,18 +37,17 @@ class Sample:
         Raises SampleError when the mask is for an image of another size: scaling it in silence
         would hide a wrong pairing or an EXIF rotation that the mask does not know of.
         """
-        if self.mask_path is not None:
-            mask = decode_mask(self.mask_path.read_bytes())
-        else:
-            mask = rasterise(self.annotations, *(self.annotated_size_px or (height, width)))
-        if mask.shape != (height, width):
-            turned = mask.shape == (width, height)
+        mask = None if self.mask_path is None else decode_mask(self.mask_path.read_bytes())
+        size = self.annotated_size_px if mask is None else mask.shape
+        if size != (height, width):
+            turned = size == (width, height)
+            found = "not stated" if size is None else f"{size[0]}×{size[1]}"
             raise SampleError(
-                f"mask is {mask.shape[0]}×{mask.shape[1]}, the image {height}×{width}"
+                f"mask is {found}, the image {height}×{width}"
                 + (" once its EXIF rotation is applied; rotate the mask" if turned else "")
                 + " (height×width); they must be equal"
             )
-        return mask
+        return rasterise(self.annotations, height, width) if mask is None else mask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +151,7 @@ def split_of(sample_id: str, val_fraction: float, seed: int) -> str:
 
 
 def _is_crowd(annotation: Mapping[str, Any]) -> bool:
-    return str(annotation.get("iscrowd", 0)) not in ("0", "False", "None")
+    return str(annotation.get("iscrowd", 0)) not in ("0", "0.0", "False", "None")
 
 
 def _covered(segmentation: Any, height: int, width: int) -> NDArray[np.bool_]:
@@ -164,11 +163,15 @@ def _covered(segmentation: Any, height: int, width: int) -> NDArray[np.bool_]:
             encoded = coco_mask.frPyObjects(segmentation, height, width)
         else:
             encoded = segmentation
-        runs = coco_mask.decode(encoded)
-        # decoding stops at the end of the counts and leaves the rest 0; encoding shows the gap
-        if list(encoded["size"]) != [height, width] or _pixels(encoded) != height * width:
+        # pycocotools trusts these: it would read past the end, or leave the rest 0 in silence
+        runs = _run_lengths(encoded["counts"])
+        if (
+            list(encoded["size"]) != [height, width]
+            or min(runs, default=-1) < 0
+            or sum(runs) != height * width
+        ):
             raise ValueError(f"its run lengths do not cover {height}×{width} pixels")
-        return np.asarray(runs, bool)
+        return np.asarray(coco_mask.decode(encoded), bool)
     except Exception as error:  # pycocotools raises bare Exceptions
         raise SampleError(f"its COCO segmentation cannot be read: {error}") from error
 
@@ -188,10 +191,12 @@ def _check_polygons(polygons: Sequence[Any], height: int, width: int) -> None:
             raise ValueError(f"a polygon's coordinates are not within ±{limit} px")
 
 
-def _pixels(encoded: Mapping[str, Any]) -> int:
-    """Sum of the run lengths of a compressed RLE: 5 bits a character from "0" on, low bits first,
-    0x20 says that more follow, and from the third run on each is a difference to the last but one."""
-    counts = encoded["counts"]
+def _run_lengths(counts: str | bytes) -> list[int]:
+    """The run lengths of a compressed RLE, as the COCO API's maskApi.c encodes them.
+
+    5 bits a character from "0" on, low bits first, 0x20 says that more follow; from the fourth
+    run on each is a difference to the last but one.
+    """
     data = counts.encode() if isinstance(counts, str) else counts
     runs: list[int] = []
     position = 0
@@ -205,7 +210,7 @@ def _pixels(encoded: Mapping[str, Any]) -> int:
             if not more and bits & 0x10:
                 value |= -1 << shift
         runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-    return sum(runs)
+    return runs
 
 
 def _by_stem(folder: Path, option: str) -> dict[str, Path]:
@@ -216,8 +221,7 @@ def _by_stem(folder: Path, option: str) -> dict[str, Path]:
         if path.suffix.lower() not in IMAGE_SUFFIXES or not path.is_file():
             continue
         stem = path.relative_to(folder).with_suffix("").as_posix()
-        if not stem.isprintable() and "\udc80" <= max(stem) <= "\udcff":
-            raise DatasetError(f"{option}: the file name {stem!r} is not valid UTF-8; rename it")
+        _refuse_unencodable(stem, option)
         if stem in found:
             raise DatasetError(
                 f"{found[stem]} and {path} differ only in their suffix; which one is meant? "
@@ -268,8 +272,19 @@ def _check_entry(where: str, entry: Any, fields: Mapping[str, type | tuple[type,
                 f"{where}: {name} is {entry[name]}; expected 1 to {_LARGEST_SIDE_PX} px"
             )
     file_name = entry.get("file_name", "")
+    _refuse_unencodable(file_name, where)
     if file_name.startswith("/") or ".." in Path(file_name).parts:
         raise DatasetError(f"{where}: file_name {file_name!r} leads out of the --images folder")
+
+
+def _refuse_unencodable(name: str, where: str) -> None:
+    """A name with bytes that are not UTF-8 can neither be stored as a sample id nor printed."""
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise DatasetError(
+            f"{where}: the file name {name!a} is not valid UTF-8; rename it"
+        ) from error
 
 
 def _some(names: Sequence[str]) -> str:

@@ -25,6 +25,9 @@ from kdcache.train.run_folder import (
 )
 from kdcache.train.student import Student, resolve_device
 
+# What moves the cached numbers a little without changing what they mean.
+_HARMLESS_CHANGES = ("precision", "execution_provider")
+
 
 @torch.no_grad()
 def score(
@@ -83,18 +86,14 @@ def evaluate(run: Path, cache: Cache, split: str = "val", device: str = "auto") 
     Raises RunError when the run has no student or the cache no rows of the split.
     """
     config, on = read_config(run), resolve_device(device)
-    student, metadata = read_best_student(run)
-    if metadata["size_px"] != cache.manifest.size_px:
-        raise RunError(
-            f"{run} was trained at {metadata['size_px']} px, {cache.path} holds "
-            f"{cache.manifest.size_px} px; evaluate on a cache of the same size"
-        )
+    record = read_record(run)
+    check_cache(run, record, cache, _HARMLESS_CHANGES)
+    student, _ = read_best_student(run)
     rows = cache.rows_of(split)
     if not rows:
         splits = ", ".join(sorted({key.split for key in cache.keys})) or "none"
         raise RunError(f"{cache.path} has no rows of split {split!r}; it has {splits}: use --split")
-    projection, tap = read_best_projection(run, student), read_record(run)["tap"]
-    check_cache(run, read_record(run), cache)
+    projection = read_best_projection(run, student)
     with device_memory("evaluating", "use --device cpu"):
         scores = score(
             student.to(on),
@@ -102,7 +101,7 @@ def evaluate(run: Path, cache: Cache, split: str = "val", device: str = "auto") 
             cache,
             rows,
             config,
-            tap=tap,
+            tap=record["tap"],
             temperature=config.last_temperature,
             device=on,
         )

@@ -57,8 +57,10 @@ def train(
     started = time.monotonic()
     on = resolve_device(device)
     record = open_run(out, config, resume)
-    check_cache(out, record, Cache(cache_path))
-    cache = Cache(cache_path, shards=record.get("shards"))
+    cache = Cache(cache_path)
+    if resume:
+        check_cache(out, record, cache)
+        cache = Cache(cache_path, shards=record["shards"])
     # Without a feature loss no feature byte is read and there is nothing to project.
     tap = cache.manifest.taps[0] if config.feature_weight > 0 else None
     val_rows = cache.rows_of("val")

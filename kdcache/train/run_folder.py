@@ -11,6 +11,7 @@ RUN/visualizations/        overlay pictures
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,6 @@ from kdcache.train.weights import read_student, save_student
 
 # What `start_run` makes before run.json: all that a stop in between leaves.
 _BEFORE_RUN = {"checkpoints", "visualizations", "config.toml"}
-
-_MAY_DIFFER = ("precision", "execution_provider")
 
 
 @dataclass(kw_only=True)
@@ -80,14 +79,13 @@ def open_run(run: Path, config: TrainConfig, resume: bool) -> dict[str, Any]:
     return read_record(run)
 
 
-def check_cache(run: Path, record: dict[str, Any], cache: Cache) -> None:
-    """Raise RunError when a run meets a cache of other models or preprocessing than its own.
-
-    Precision and execution provider may differ: they change the numbers a little, not their meaning.
-    """
+def check_cache(
+    run: Path, record: dict[str, Any], cache: Cache, may_differ: Collection[str] = ()
+) -> None:
+    """Raise RunError when a run meets a cache of other models or preprocessing than its own."""
     fingerprint = cache.manifest.fingerprint
-    for name, old in record.get("fingerprint", {}).items():
-        if name not in _MAY_DIFFER and fingerprint.get(name) != old:
+    for name, old in record["fingerprint"].items():
+        if name not in may_differ and fingerprint.get(name) != old:
             raise RunError(
                 f"{run} was started from a cache with {name} = {old}, {cache.path} has "
                 f"{fingerprint.get(name)}; use a cache made as the run's own was"

@@ -199,6 +199,9 @@ def test_entry_that_is_no_object_is_refused(tmp_path, kind):
         {"size": [10, 8], "counts": [0, 80]},
         {"size": [8, 10], "counts": [9, 3]},
         {"size": [8, 10], "counts": [0, 81]},
+        {"size": [8, 10], "counts": [100, -20]},
+        {"size": [10**6, 10**6], "counts": [0, 10**12]},
+        {"size": [10**6, 10**6], "counts": "0"},
         {"size": [8, 10], "counts": ""},
         {"size": [8, 10], "counts": "zzzzzz"},
     ],
@@ -214,8 +217,23 @@ def test_ids_as_strings_and_crowd_as_text_mean_the_same(tmp_path):
     assert [s.sample_id for s in coco_dataset(*coco(tmp_path, annotations)).samples] == ["0.jpg"]
 
 
-def test_file_name_that_is_not_utf8_is_refused(tmp_path):
-    save(tmp_path / "images/a.jpg")
-    (tmp_path / "images/a.jpg").rename(tmp_path / "images/\udcff.jpg")
+@pytest.mark.parametrize("name", ["\udcff.jpg", "\udcff😀.jpg"])
+def test_file_name_that_is_not_utf8_is_refused(tmp_path, name):
+    images, file = coco(tmp_path, [person(0, SQUARE)])
+    document = json.loads(file.read_text())
+    document["images"][0]["file_name"] = name
+    file.write_text(json.dumps(document))
+    with pytest.raises(DatasetError, match="not valid UTF-8"):
+        coco_dataset(images, file)
+    (tmp_path / "images/0.jpg").rename(tmp_path / "images" / name)
     with pytest.raises(DatasetError, match="not valid UTF-8"):
         folder_dataset(tmp_path / "images", tmp_path / "images")
+
+
+def test_mask_of_a_size_that_coco_misstates_is_refused_before_it_is_drawn(tmp_path):
+    images, file = coco(tmp_path, [person(0, SQUARE)])
+    document = json.loads(file.read_text())
+    document["images"][0] |= {"height": 99_999, "width": 99_999}  # 10 GB as a mask
+    file.write_text(json.dumps(document))
+    with pytest.raises(SampleError, match="mask is 99999×99999, the image 8×10"):
+        coco_dataset(images, file).samples[0].mask(8, 10)

@@ -77,7 +77,7 @@ def test_evaluate_refuses_what_it_cannot_score(standins, cache, run, tmp_path):
     with pytest.raises(RunError, match="yolo_target_layer = segmentation.*has relu_2"):
         evaluate(run, Cache(tmp_path / "other"))
     standins.extract(tmp_path / "larger", size=96, limit=2)
-    with pytest.raises(RunError, match="trained at 64 px.*96 px"):
+    with pytest.raises(RunError, match="size = 64.*has 96"):
         evaluate(run, Cache(tmp_path / "larger"))
 
 

@@ -248,6 +248,9 @@ def test_existing_run_is_not_overwritten_and_a_resume_keeps_its_settings(
         train(cache, run, resume=True, epochs=9)
     with pytest.raises(RunError, match="started from a cache with yolo_target_layer"):
         train(other, run, resume=True)
+    standins.extract(tmp_path / "exact", precision="float32")
+    with pytest.raises(RunError, match="precision = int8.*has float32"):
+        train(Cache(tmp_path / "exact"), run, resume=True)
     with pytest.raises(RunError, match="no run to resume"):
         train(cache, tmp_path / "absent", resume=True)
 
