@@ -137,8 +137,13 @@ def demo_command(out: Path, as_json: bool) -> None:
 @_option("--resize", type=click.Choice(["stretch", "letterbox"]), help="How images are fitted.")
 @_option(
     "--precision",
-    type=click.Choice(["float32", "float16", "int8"]),
+    type=click.Choice(["float32", "float16", "int8", "int6", "int5", "int4"]),
     help="How features are stored (int8).",
+)
+@_option(
+    "--compression",
+    type=click.Choice(["zstd", "lz4", "none"]),
+    help="zstd is smallest, none reads fastest (zstd).",
 )
 @_option("--split", default="train", show_default=True, type=click.Choice(["train", "val"]))
 @_option("--val-fraction", type=float, metavar="F", help="Share of images put into val, by hash.")

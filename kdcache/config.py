@@ -24,7 +24,8 @@ NAMED_CONFIGS: dict[str, dict[str, Any]] = {DEFAULT_CONFIG: {}}
 # UNets halve the input five times, so a side must be a multiple of 2^5.
 SIZE_MULTIPLE_PX = 32
 
-Precision = Literal["float32", "float16", "int8"]
+Precision = Literal["float32", "float16", "int8", "int6", "int5", "int4"]
+Compression = Literal["zstd", "lz4", "none"]
 YoloInput = Literal["rgb01", "bgr01", "rgb255", "bgr255"]
 
 
@@ -55,6 +56,7 @@ class ExtractConfig(_Settings):
         "stretch", description="how an image of another shape is fitted"
     )
     precision: Precision = Field("int8", description="how features are stored")
+    compression: Compression = Field("zstd", description="how all arrays are compressed")
     shard_rows: int = Field(32, ge=1, le=4096, description="rows written and committed together")
     val_fraction: float = Field(
         0.0, ge=0, lt=1, description="share of the images, chosen by hash of their id, for val"

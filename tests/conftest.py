@@ -10,7 +10,17 @@ import numpy as np
 import pytest
 
 from kdcache.cache import codecs
-from kdcache.cache.format import IMAGE, LOGITS, MASK, ROWS, Manifest, RowKey, TapSpec, describe_row
+from kdcache.cache.format import (
+    IMAGE,
+    LOGITS,
+    MASK,
+    ROWS,
+    Group,
+    Manifest,
+    RowKey,
+    TapSpec,
+    describe_row,
+)
 from kdcache.cache.reader import Cache
 from kdcache.config import ExtractConfig
 from kdcache.precompute.dataset import folder_dataset
@@ -86,15 +96,31 @@ def cache(standins: Standins, tmp_path_factory: pytest.TempPathFactory) -> Cache
     return Cache(path)
 
 
-TAP = TapSpec(name="/head/Concat_output_0", precision="int8", shape=(6, 4, 4))
+TAP = TapSpec(
+    name="/head/Concat_output_0",
+    precision="int8",
+    shape=(6, 4, 4),
+    groups=(Group(1, ((3, 5),)), Group(2, ((0, 3), (5, 6)))),
+)
 MANIFEST = Manifest(
     size_px=32,
     shard_rows=3,
+    compression="zstd",
     logits_dtype="float16",
     taps=(TAP,),
     fingerprint={"yolo_sha256": "aaaa", "size": "32"},
     versions={"numpy": np.__version__},
 )
+
+
+def repeating(feature_CHW: np.ndarray, tap: TapSpec) -> np.ndarray:
+    """The feature map with each block of the tap's coarser channels filled with its first value."""
+    feature_CHW = feature_CHW.copy()
+    for factor, ranges in tap.groups:
+        for start, stop in ranges:
+            coarse = feature_CHW[start:stop, ::factor, ::factor]
+            feature_CHW[start:stop] = coarse.repeat(factor, axis=1).repeat(factor, axis=2)
+    return feature_CHW
 
 
 def make_row(
@@ -104,7 +130,7 @@ def make_row(
     rng = np.random.default_rng(number)
     size, (tap,) = manifest.size_px, manifest.taps
     key = RowKey(split, f"photos/{number}.jpg", 0)
-    encoded = codecs.encode(rng.normal(size=tap.shape).astype(np.float32), tap.precision)
+    encoded = codecs.encode(repeating(rng.normal(size=tap.shape).astype(np.float32), tap), tap)
     return key, {
         IMAGE: rng.integers(0, 256, (size, size, 3), np.uint8),
         MASK: rng.integers(0, 2, (size, size), np.uint8),

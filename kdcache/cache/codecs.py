@@ -1,89 +1,108 @@
-"""Feature maps to stored arrays and back: pure numpy functions, one pair a precision.
+"""Feature maps to stored arrays and back: pure functions, one implementation for numpy and torch.
 
-Shapes: C channels, h and w the tap's grid. `encode` refuses what a precision cannot represent
-(non-finite values, overflow) instead of clipping it in silence.
+Shapes: C channels, h and w the tap's grid. Features are float32 on whatever device they are; the
+results are arrays of the same library on the same device, and equal bit for bit between the two.
+`encode` refuses what a precision cannot represent (non-finite values, overflow) instead of
+clipping it in silence.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
+import array_api_compat
 import numpy as np
 from numpy.typing import NDArray
 
+from kdcache.cache.format import Group, TapSpec
 from kdcache.errors import SampleError
 
 F32 = NDArray[np.float32]
-Arrays = dict[str, NDArray[np.generic]]
+Array = Any  # numpy.ndarray or torch.Tensor
 
-_LEVELS = 255  # int8: the largest code
-_SMALLEST_NORMAL = np.finfo(np.float32).tiny
+_SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
+_LARGEST_F16 = float(np.finfo(np.float16).max)
 
 
-def encode(feature_CHW: F32, precision: str) -> Arrays:
-    """Store a (C, h, w) float32 feature map at `precision`, as named arrays of the cache.
+def encode(feature_CHW: Array, tap: TapSpec) -> dict[str, Array]:
+    """Store a (C, h, w) float32 feature map as the tap's arrays, by their name in its folder.
 
-    float32 is exact; float16 is rounded to nearest (relative error ≤ 2^-11); int8 is affine per
-    channel with |error| ≤ step/2 plus float32 rounding, step = (max − min)/255. Raises
-    SampleError naming the channel for values that are not finite or not representable.
+    Channels that the tap keeps at a coarser grid are checked to repeat each value, bit for bit.
+    float32 is exact. float16 is rounded to nearest: |error| ≤ 2^-11·|x|, or 2^-25 below 2^-14.
+    int8, int6, int5, int4 are affine per channel: |error| ≤ step/2 plus float32 rounding, with
+    step = (max − min)/(2^bits − 1). Raises SampleError naming the channel for values that are not
+    finite, not representable, or do not repeat as the tap says.
     """
-    _refuse(~np.isfinite(feature_CHW), feature_CHW, "not finite")
-    if precision == "float32":
-        return {"values": feature_CHW}
-    if precision == "float16":
-        with np.errstate(over="ignore"):
-            values = feature_CHW.astype(np.float16)
-        _refuse(~np.isfinite(values), feature_CHW, "beyond float16's ±65504; use float32 or int8")
-        return {"values": values}
-    if precision == "int8":
-        codes, affine = quantise(feature_CHW)
-        return {"codes": codes, "affine": affine}
-    raise ValueError(f"unknown precision {precision!r}")
+    encoded, affine = {}, []
+    for group in tap.groups:
+        values = _compact(feature_CHW, group)
+        low, high = _range(values, group)
+        if tap.bits is None:
+            encoded[f"values_x{group.factor}"] = _floats(values, tap.precision, low, high, group)
+        else:
+            codes, step = _quantise(values, tap.bits, low, high, group)
+            encoded[f"codes_x{group.factor}"] = codes
+            affine.append((group, low, step))
+    if affine:
+        xp = array_api_compat.array_namespace(feature_CHW)
+        both = xp.empty((2, tap.shape[0]), dtype=xp.float32, device=feature_CHW.device)
+        for group, low, step in affine:
+            for part, (start, stop) in zip(_parts(group), group.channels, strict=True):
+                both[0, start:stop], both[1, start:stop] = low[part], step[part]
+        encoded["affine"] = both
+    return encoded
 
 
-def decode(arrays: Mapping[str, NDArray[np.generic]], precision: str) -> F32:
+def decode(arrays: Mapping[str, Array], tap: TapSpec) -> Array:
     """The (C, h, w) float32 feature map that `encode` stored."""
-    if precision == "int8":
-        return dequantise(arrays["codes"], arrays["affine"])
-    return np.asarray(arrays["values"], np.float32)
+    first = next(iter(arrays.values()))
+    xp = array_api_compat.array_namespace(first)
+    feature_CHW = xp.empty(tap.shape, dtype=xp.float32, device=first.device)
+    kind = "values" if tap.bits is None else "codes"
+    for group in tap.groups:
+        factor, stored = group.factor, arrays[f"{kind}_x{group.factor}"]
+        for part, (start, stop) in zip(_parts(group), group.channels, strict=True):
+            values = xp.astype(stored[part], xp.float32, copy=False)
+            if tap.bits is not None:
+                low, step = (arrays["affine"][i, start:stop][:, None, None] for i in (0, 1))
+                values = values * step + low
+            blocks = _blocks(feature_CHW[start:stop], factor)
+            blocks[...] = values[:, :, None, :, None]
+    return feature_CHW
 
 
-def quantise(feature_CHW: F32) -> tuple[NDArray[np.uint8], F32]:
-    """Affine codes (C, h, w) uint8 and (2, C) float32 of each channel's lo and step.
+def max_error(arrays: Mapping[str, NDArray[np.generic]], tap: TapSpec) -> NDArray[np.float64]:
+    """The stated bound of |x − decode(encode(x))|, as an array that broadcasts to (C, h, w).
 
-    code = round((x − lo)/step). A constant channel, or one whose step is below the smallest
-    normal float32 (its reciprocal would lose the bits that the bound needs), gets step 0 and
-    decodes to lo.
+    It needs what is stored only: half a step (or float16's half unit) and the rounding of one
+    float32 product and one sum.
     """
-    low = feature_CHW.min(axis=(1, 2))
-    high = feature_CHW.max(axis=(1, 2))
-    # float64: the difference of two finite float32 values may not be a finite float32.
-    step = ((high.astype(np.float64) - low) / _LEVELS).astype(np.float32)
-    _refuse(
-        (high.astype(np.float64) - low > np.finfo(np.float32).max)[:, None, None],
-        feature_CHW,
-        "spread wider than float32 can subtract",
-    )
-    step[step < _SMALLEST_NORMAL] = 0
-    divisor = np.where(step > 0, step, np.float32(1))[:, None, None]
-    scaled = (feature_CHW - low[:, None, None]) / divisor
-    scaled[step == 0] = 0
-    codes = np.minimum(np.rint(scaled), _LEVELS).astype(np.uint8)
-    return codes, np.stack([low, step])
+    if tap.precision == "float32":
+        return np.zeros((1, 1, 1))
+    if tap.bits is None:
+        # 2^-11 of the value before rounding, which may be that much larger than the one stored
+        magnitude: NDArray[np.float64] = np.abs(decode(arrays, tap)).astype(np.float64)
+        return np.maximum(magnitude * (2**-11 * (1 + 2**-10)), 2**-25)
+    low, step = (np.asarray(row, np.float64)[:, None, None] for row in arrays["affine"])
+    levels = 2**tap.bits - 1
+    # a step that float32 cannot hold as a normal number is stored as 0, all values as the minimum
+    flat = np.where(step == 0, levels * _SMALLEST_NORMAL, 0)
+    rounding = 4 * np.finfo(np.float32).eps * np.maximum(np.abs(low), np.abs(low + levels * step))
+    bound: NDArray[np.float64] = step / 2 + rounding + flat
+    return bound
 
 
-def dequantise(codes_CHW: NDArray[np.generic], affine: NDArray[np.generic]) -> F32:
-    """x ≈ lo + code · step, in float32."""
-    low, step = np.asarray(affine, np.float32)
-    decoded: F32 = codes_CHW.astype(np.float32) * step[:, None, None] + low[:, None, None]
-    return decoded
+def on_host(array: Array) -> NDArray[Any]:
+    """A numpy array or torch tensor as a numpy array."""
+    return np.asarray(array.cpu() if hasattr(array, "cpu") else array)
 
 
-def teacher_logits(logits_HW: F32, precision: str) -> NDArray[np.generic]:
-    """Logits as float16, or float32 when features are float32 too (a cache for bit-exact studies)."""
+def teacher_logits(logits_HW: F32, dtype: str) -> NDArray[np.generic]:
+    """Logits as float16, or as they are (float32) in a cache for bit-exact studies."""
     if not np.isfinite(logits_HW).all():
         raise SampleError("the teacher's logits are not finite")
-    if precision == "float32":
+    if dtype == "float32":
         return logits_HW
     with np.errstate(over="ignore"):
         stored = logits_HW.astype(np.float16)
@@ -95,11 +114,93 @@ def teacher_logits(logits_HW: F32, precision: str) -> NDArray[np.generic]:
     return stored
 
 
-def _refuse(bad: NDArray[np.bool_], feature_CHW: F32, why: str) -> None:
-    if not bad.any():
+def _compact(feature_CHW: Array, group: Group) -> Array:
+    """The group's channels at their own resolution; refuses channels that do not repeat."""
+    xp = array_api_compat.array_namespace(feature_CHW)
+    parts = []
+    for start, stop in group.channels:
+        channels = feature_CHW[start:stop]
+        compact = channels[:, :: group.factor, :: group.factor]
+        if group.factor > 1:
+            # as integers: −0 must not pass for +0, nor a NaN for none
+            blocks = _blocks(channels.view(xp.int32), group.factor)
+            same = blocks == blocks[:, :, :1, :, :1]
+            if not xp.all(same):
+                channel = start + int(np.argmin(on_host(xp.all(same, axis=(1, 2, 3, 4)))))
+                raise SampleError(
+                    f"feature channel {channel} does not repeat each value in "
+                    f"{group.factor}×{group.factor} blocks, as the detector's graph says it does"
+                )
+        parts.append(compact)
+    return parts[0] if len(parts) == 1 else xp.concat(parts, axis=0)
+
+
+def _range(values: Array, group: Group) -> tuple[Array, Array]:
+    """Each channel's minimum and maximum; refuses values that are not finite (both carry NaN on)."""
+    xp = array_api_compat.array_namespace(values)
+    # + 0: of −0 and +0 numpy and torch may pick either
+    low, high = xp.min(values, axis=(1, 2)) + 0, xp.max(values, axis=(1, 2)) + 0
+    _refuse(~(xp.isfinite(low) & xp.isfinite(high)), group, low, high, "not finite")
+    return low, high
+
+
+def _floats(values: Array, precision: str, low: Array, high: Array, group: Group) -> Array:
+    if precision == "float32":
+        return values
+    xp = array_api_compat.array_namespace(values)
+    # float16 rounds to infinity from half a unit above its largest value on
+    limit = _LARGEST_F16 + 16
+    beyond = (high >= limit) | (low <= -limit)
+    _refuse(beyond, group, low, high, "beyond float16's ±65504; use float32 or int8")
+    return xp.astype(values, xp.float16)
+
+
+def _quantise(
+    values: Array, bits: int, low: Array, high: Array, group: Group
+) -> tuple[Array, Array]:
+    """Codes (n, h, w) uint8 and each channel's step: code = round((x − low)/step).
+
+    A constant channel, or one whose step is below the smallest normal float32 (its reciprocal
+    would lose the bits that the bound needs), gets step 0 and decodes to its minimum.
+    """
+    xp = array_api_compat.array_namespace(values)
+    levels = 2**bits - 1
+    # float64: the difference of two finite float32 values may not be a finite float32
+    spread = xp.astype(high, xp.float64) - xp.astype(low, xp.float64)
+    step = xp.astype(spread / levels, xp.float32)
+    largest = xp.astype(low, xp.float64) + levels * xp.astype(step, xp.float64)
+    limit = float(np.finfo(np.float32).max)
+    wide = (spread > limit) | (xp.astype(step, xp.float64) * levels > limit) | (largest > limit)
+    _refuse(wide, group, low, high, "a spread wider than float32 can hold; use float32")
+    step = xp.where(step < _SMALLEST_NORMAL, xp.zeros_like(step), step)
+    divisor = xp.where(step > 0, step, xp.full_like(step, float("inf")))
+    scaled = values - low[:, None, None]
+    scaled /= divisor[:, None, None]
+    return xp.astype(xp.clip(xp.round(scaled), 0, levels), xp.uint8), step
+
+
+def _refuse(bad: Array, group: Group, low: Array, high: Array, why: str) -> None:
+    flagged = on_host(bad)
+    if not flagged.any():
         return
-    channel = int(np.argmax(bad.any(axis=(1, 2))))
-    values = feature_CHW[channel]
+    index = int(np.argmax(flagged))
+    channels = [c for start, stop in group.channels for c in range(start, stop)]
     raise SampleError(
-        f"feature channel {channel} has values from {values.min()} to {values.max()}: {why}"
+        f"feature channel {channels[index]} has values from {float(low[index])} to "
+        f"{float(high[index])}: {why}"
     )
+
+
+def _blocks(maps_CHW: Array, factor: int) -> Array:
+    """A view (C, h/f, f, w/f, f): axes 2 and 4 run inside a block."""
+    channels, height, width = maps_CHW.shape
+    return maps_CHW.reshape((channels, height // factor, factor, width // factor, factor))
+
+
+def _parts(group: Group) -> list[slice]:
+    """Where each channel range of a group lies in the group's own array."""
+    slices, offset = [], 0
+    for start, stop in group.channels:
+        slices.append(slice(offset, offset + stop - start))
+        offset += stop - start
+    return slices

@@ -1,6 +1,7 @@
 """What a cache looks like on disk, format version 1 (docs/format.md is the specification).
 
-    CACHE/zarr.json                 root group; attribute `kdcache` = the manifest
+    CACHE/zarr.json                 root group; attribute `kdcache` = the root record: the manifest,
+                                    the digest of every other node's zarr.json, the arrays' length
     CACHE/<array>/zarr.json         one Zarr array a field; axis 0 = physical row
     CACHE/<array>/c.<shard>.0…      one file a shard
     CACHE/commits/<shard>/zarr.json a group without members; attribute `kdcache_commit` = the commit record
@@ -13,17 +14,30 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.cache.shard import ObjectRecord
+from kdcache.cache.transforms import (
+    BytePlanes,
+    FloatGradient,
+    Form,
+    Nibbles,
+    Plain,
+    RgbGradient,
+    Transform,
+)
 from kdcache.errors import CacheError, SampleError
+
+if TYPE_CHECKING:
+    from kdcache.config import Compression, Precision
 
 FORMAT_VERSION = 1
 MANIFEST = "kdcache"
@@ -36,6 +50,12 @@ ROW_DESCRIPTION_BYTES = 2048
 
 IMAGE, MASK, LOGITS, ROWS = "image", "mask", "teacher_logits", "rows"
 
+BITS: dict[str, int] = {"int8": 8, "int6": 6, "int5": 5, "int4": 4}
+_FEATURE_AXES = ("channel", "y", "x")
+# An unused slot is told by its empty `rows` text, its mask of 255 and its NaN `affine`. Bytes of
+# 255 in every plane of a float are a NaN, too.
+_UNUSED_BYTE_PLANE = 255
+
 
 class RowKey(NamedTuple):
     """The identity of a row."""
@@ -47,45 +67,115 @@ class RowKey(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ArraySpec:
-    """One array of the cache: its path in the group and what a row of it looks like."""
+    """One array of the cache: its path in the group, what a row of it is, and how that is stored."""
 
     path: str
-    dtype: str
-    row_shape: tuple[int, ...]
+    row: Form
     fill_value: float
-    dimensions: tuple[str, ...]
+    transform: Transform = field(default_factory=Plain)
+
+    @property
+    def stored(self) -> Form:
+        """What a row is on disk, after the transform."""
+        return self.transform.stored(self.row)
 
     def shard_path(self, shard: int) -> str:
         """Path of a shard's file in the group: Zarr's default chunk key with `.` as separator."""
-        zeros = ["0"] * len(self.row_shape)
+        zeros = ["0"] * len(self.stored.shape)
         return f"{self.path}/c.{'.'.join([str(shard), *zeros])}"
+
+    def attributes(self) -> dict[str, Any]:
+        """What a reader without kdcache needs to undo the transform of one stored row."""
+        name = type(self.transform).__name__
+        row = {"dtype": self.row.dtype, "shape": list(self.row.shape)}
+        return {} if name == "Plain" else {"row": row, "decode": self.transform.recipe}
+
+
+class Group(NamedTuple):
+    """Channels of a tap that are stored at one grid, `factor` times coarser than the tap's.
+
+    Each value of such a channel fills a factor×factor block of the tap, exactly.
+    """
+
+    factor: int
+    channels: tuple[tuple[int, int], ...]  # half-open ranges, in the tap's numbering
 
 
 @dataclass(frozen=True, kw_only=True)
 class TapSpec:
-    """How the feature maps of one tap are stored."""
+    """How the feature maps of one tap are stored; every channel belongs to one group."""
 
     name: str
-    precision: str
+    precision: Precision
     shape: tuple[int, int, int]  # (C, h, w)
+    groups: tuple[Group, ...]
 
     @property
     def folder(self) -> str:
         """A path in the group; tap names hold slashes and colons, which are not portable there."""
         return "features/" + re.sub(r"[^A-Za-z0-9_.-]+", "_", self.name).strip("_.")
 
-    def arrays(self) -> list[ArraySpec]:
-        channels, height, width = self.shape
-        grid = (channels, height, width)
-        axes = ("channel", "y", "x")
-        if self.precision != "int8":
-            return [_spec(f"{self.folder}/values", self.precision, grid, np.nan, axes)]
-        return [
-            _spec(f"{self.folder}/codes", "uint8", grid, 0, axes),
-            _spec(
-                f"{self.folder}/affine", "float32", (2, channels), np.nan, ("lo_step", "channel")
-            ),
-        ]
+    @property
+    def bits(self) -> int | None:
+        """Bits of a code; None where floats are stored."""
+        return BITS.get(self.precision)
+
+    def arrays(self, compression: Compression) -> list[ArraySpec]:
+        _, height, width = self.shape
+        specs = []
+        for factor, ranges in self.groups:
+            channels = sum(stop - start for start, stop in ranges)
+            shape = (channels, height // factor, width // factor)
+            if self.bits is None:
+                form = Form(self.precision, shape, _FEATURE_AXES)
+                transform: Transform = (
+                    Plain() if compression == "none" else BytePlanes(self.precision)
+                )
+                name = "values"
+                fill = np.nan if compression == "none" else _UNUSED_BYTE_PLANE
+            else:
+                form = Form("uint8", shape, _FEATURE_AXES)
+                # 8-bit codes that are not compressed gain nothing by it, and are read by copying
+                raw = compression == "none" and self.bits == 8
+                transform = Plain() if raw else Nibbles(self.bits)
+                name, fill = "codes", 0
+            path = f"{self.folder}/{name}_x{factor}"
+            specs.append(ArraySpec(path=path, row=form, fill_value=fill, transform=transform))
+        if self.bits is not None:
+            form = Form("float32", (2, self.shape[0]), ("lo_step", "channel"))
+            specs.append(ArraySpec(path=f"{self.folder}/affine", row=form, fill_value=np.nan))
+        return specs
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "precision": self.precision,
+            "shape": list(self.shape),
+            "folder": self.folder,
+            "groups": [
+                {"factor": factor, "channels": [list(pair) for pair in ranges]}
+                for factor, ranges in self.groups
+            ],
+        }
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> TapSpec:
+        groups = tuple(
+            Group(group["factor"], tuple((start, stop) for start, stop in group["channels"]))
+            for group in record["groups"]
+        )
+        channels, height, width = record["shape"]
+        return cls(
+            name=record["name"],
+            precision=record["precision"],
+            shape=(channels, height, width),
+            groups=groups,
+        )
+
+
+def whole(channels: int) -> tuple[Group, ...]:
+    """The groups of a tap without repeated channels."""
+    return (Group(1, ((0, channels),)),)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,56 +184,80 @@ class Manifest:
 
     size_px: int
     shard_rows: int
+    compression: Compression
     logits_dtype: str
     taps: tuple[TapSpec, ...]
     fingerprint: Mapping[str, str]
     versions: Mapping[str, str]
 
     def arrays(self) -> list[ArraySpec]:
-        size = self.size_px
+        size, logits = self.size_px, self.logits_dtype
+        compressed = self.compression != "none"
+        image_form = Form("uint8", (size, size, 3), ("y", "x", "rgb"))
+        logits_form = Form(logits, (size, size), ("y", "x"))
         return [
-            _spec(IMAGE, "uint8", (size, size, 3), 0, ("y", "x", "rgb")),
-            _spec(MASK, "uint8", (size, size), 255, ("y", "x")),
-            _spec(LOGITS, self.logits_dtype, (size, size), np.nan, ("y", "x")),
-            _spec(ROWS, "uint8", (ROW_DESCRIPTION_BYTES,), 0, ("utf8_json",)),
-            *(spec for tap in self.taps for spec in tap.arrays()),
+            ArraySpec(
+                path=IMAGE,
+                row=image_form,
+                fill_value=0,
+                transform=RgbGradient() if compressed else Plain(),
+            ),
+            ArraySpec(path=MASK, row=Form("uint8", (size, size), ("y", "x")), fill_value=255),
+            ArraySpec(
+                path=LOGITS,
+                row=logits_form,
+                fill_value=_UNUSED_BYTE_PLANE if compressed else np.nan,
+                transform=FloatGradient(logits) if compressed else Plain(),
+            ),
+            ArraySpec(
+                path=ROWS,
+                row=Form("uint8", (ROW_DESCRIPTION_BYTES,), ("utf8_json",)),
+                fill_value=0,
+            ),
+            *(spec for tap in self.taps for spec in tap.arrays(self.compression)),
         ]
 
     def as_json(self) -> dict[str, Any]:
-        return signed(
-            {
-                "format_version": FORMAT_VERSION,
-                "size_px": self.size_px,
-                "shard_rows": self.shard_rows,
-                "logits_dtype": self.logits_dtype,
-                "taps": [
-                    {"name": tap.name, "precision": tap.precision, "shape": list(tap.shape)}
-                    | {"folder": tap.folder, "decode": _DECODE[tap.precision]}
-                    for tap in self.taps
-                ],
-                "fingerprint": dict(self.fingerprint),
-                "versions": dict(self.versions),
-            }
-        )
+        return {
+            "format_version": FORMAT_VERSION,
+            "size_px": self.size_px,
+            "shard_rows": self.shard_rows,
+            "compression": self.compression,
+            "logits_dtype": self.logits_dtype,
+            "taps": [tap.as_json() for tap in self.taps],
+            "fingerprint": dict(self.fingerprint),
+            "versions": dict(self.versions),
+        }
 
 
-_DECODE = {
-    "float32": "values",
-    "float16": "float32(values)",
-    "int8": "float32(codes) * affine[1][:, None, None] + affine[0][:, None, None]",
-}
+@dataclass(frozen=True, kw_only=True)
+class Root:
+    """The root record: the manifest, and what every zarr.json below the root must be."""
+
+    manifest: Manifest
+    nodes: Mapping[str, str]  # path of a node to the digest of its document
+    array_rows: int  # length of every array's axis 0
+
+    def document(self) -> bytes:
+        """The zarr.json of the root group."""
+        record = self.manifest.as_json() | {"nodes": self.nodes, "array_rows": self.array_rows}
+        return group_document({MANIFEST: signed(record)})
 
 
-def _spec(
-    path: str, dtype: str, shape: tuple[int, ...], fill: float, axes: tuple[str, ...]
-) -> ArraySpec:
-    return ArraySpec(
-        path=path, dtype=dtype, row_shape=shape, fill_value=fill, dimensions=("row", *axes)
-    )
+def node_digest(document: Mapping[str, Any]) -> str:
+    """SHA-256 of a node's document as written, with an array's length as 0: it grows."""
+    if document.get("node_type") == "array":
+        document = {**document, "shape": [0, *document["shape"][1:]]}
+    return hashlib.sha256(node_bytes(document)).hexdigest()
 
 
-def read_manifest(cache: Path) -> Manifest:
-    """The manifest of the cache at a folder; raises CacheError if there is none or it was altered."""
+def node_bytes(document: Mapping[str, Any]) -> bytes:
+    """The text of a zarr.json; every one in a cache is written this way."""
+    return json.dumps(document, indent=1, ensure_ascii=False).encode()
+
+
+def read_root(cache: Path) -> Root:
+    """The root record of the cache at a folder; raises CacheError if there is none or it was altered."""
     path = cache / "zarr.json"
     if not path.is_file():
         raise CacheError(
@@ -157,17 +271,22 @@ def read_manifest(cache: Path) -> Manifest:
             f"{FORMAT_VERSION}; install the kdcache release that wrote it"
         )
     check_signature(record, path)
-    return Manifest(
-        size_px=record["size_px"],
-        shard_rows=record["shard_rows"],
-        logits_dtype=record["logits_dtype"],
-        taps=tuple(
-            TapSpec(name=tap["name"], precision=tap["precision"], shape=tuple(tap["shape"]))
-            for tap in record["taps"]
-        ),
-        fingerprint=record["fingerprint"],
-        versions=record["versions"],
-    )
+    try:
+        manifest = Manifest(
+            size_px=record["size_px"],
+            shard_rows=record["shard_rows"],
+            compression=record["compression"],
+            logits_dtype=record["logits_dtype"],
+            taps=tuple(TapSpec.from_json(tap) for tap in record["taps"]),
+            fingerprint=record["fingerprint"],
+            versions=record["versions"],
+        )
+        return Root(manifest=manifest, nodes=record["nodes"], array_rows=record["array_rows"])
+    except KeyError as error:
+        raise CacheError(
+            f"{cache} was written before format version 1 was settled: its manifest has no "
+            f"{error}; extract it again"
+        ) from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,15 +309,21 @@ def commit_path(cache: Path, shard: int) -> Path:
     return cache / "commits" / f"{shard:06d}" / "zarr.json"
 
 
+def commit_paths(cache: Path) -> list[Path]:
+    """The commit records there are, by shard number."""
+    folder = cache / "commits"
+    names = sorted(os.listdir(folder)) if folder.is_dir() else []
+    paths = (folder / name / "zarr.json" for name in names if name.isdigit())
+    return [path for path in paths if path.is_file()]
+
+
 def read_commits(cache: Path) -> list[Commit]:
     """All commit records, by shard number; a shard without one does not exist."""
-    folder = cache / "commits"
-    names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
-    paths = [folder / name / "zarr.json" for name in names if name.isdigit()]
-    return [_read_commit(path) for path in paths if path.is_file()]
+    return [read_commit(path) for path in commit_paths(cache)]
 
 
-def _read_commit(path: Path) -> Commit:
+def read_commit(path: Path) -> Commit:
+    """One commit record; raises CacheError when it was altered or lies under another's number."""
     record = _read_attribute(path, COMMIT)
     check_signature(record, path)
     if f"{record['shard']:06d}" != path.parent.name:
@@ -206,20 +331,28 @@ def _read_commit(path: Path) -> Commit:
     return Commit(
         shard=record["shard"],
         keys=tuple(RowKey(*key) for key in record["rows"]),
-        objects={path: ObjectRecord(**fields) for path, fields in record["objects"].items()},
+        objects={p: ObjectRecord.from_json(fields) for p, fields in record["objects"].items()},
     )
 
 
 def group_document(attributes: Mapping[str, Any]) -> bytes:
     """The zarr.json of a Zarr v3 group with these attributes."""
-    document = {"attributes": dict(attributes), "zarr_format": 3, "node_type": "group"}
-    return json.dumps(document, indent=1, ensure_ascii=False).encode()
+    return node_bytes({"attributes": dict(attributes), "zarr_format": 3, "node_type": "group"})
+
+
+def skipped_document(reasons: Mapping[str, str]) -> bytes:
+    """The zarr.json that lists skipped images: sample id to reason."""
+    return group_document({SKIPPED: signed({"images": dict(reasons)})})
 
 
 def read_skipped(cache: Path) -> dict[str, str]:
     """Sample id to reason, of the images the last extraction had to skip."""
     path = cache / "skipped" / "zarr.json"
-    return dict(_read_attribute(path, SKIPPED)) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    record = _read_attribute(path, SKIPPED)
+    check_signature(record, path)
+    return dict(record["images"])
 
 
 def _read_attribute(path: Path, attribute: str) -> dict[str, Any]:

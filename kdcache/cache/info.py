@@ -17,7 +17,8 @@ def describe(cache: Cache) -> dict[str, Any]:
         for path, record in commit.objects.items():
             stored[path] += record.size_bytes
     features = {
-        tap.name: sum(stored[spec.path] for spec in tap.arrays()) for tap in cache.manifest.taps
+        tap.name: sum(size for path, size in stored.items() if path.startswith(tap.folder + "/"))
+        for tap in cache.manifest.taps
     }
     total = sum(stored.values())
     return {

@@ -22,7 +22,7 @@ from kdcache.cache.format import (
     TapSpec,
     parse_row,
     read_commits,
-    read_manifest,
+    read_root,
 )
 from kdcache.cache.shard import DamagedError, decode_chunk, read_chunk
 from kdcache.errors import CacheError, nearest
@@ -39,7 +39,7 @@ class Cache:
         if "://" in str(path):
             raise CacheError(f"{path}: caches at URLs are not supported; copy it to a local folder")
         self.path = Path(path)
-        self.manifest: Manifest = read_manifest(self.path)
+        self.manifest: Manifest = read_root(self.path).manifest
         commits = read_commits(self.path)
         if shards is not None:
             wanted = set(shards)
@@ -86,7 +86,7 @@ class Cache:
         return [index for index, key in enumerate(self.keys) if key.split == split]
 
     def read(self, index: int, array: str) -> NDArray[np.generic]:
-        """One row of one array as stored (codes stay codes). Read-only memory.
+        """One row of one array, its transform undone (codes stay codes). May be read-only memory.
 
         Raises CacheError when the bytes are not the ones that were committed.
         """
@@ -95,8 +95,10 @@ class Cache:
         path = self.path / spec.shard_path(commit.shard)
         try:
             record = commit.objects[array]
-            stored = read_chunk(path, slot, self.manifest.shard_rows, record.size_bytes)
-            return decode_chunk(stored, record.chunk_crc32c[slot], spec.dtype, spec.row_shape)
+            chunk = read_chunk(path, slot, self.manifest.shard_rows, record.size_bytes)
+            crc, form = record.chunk_crc32c[slot], spec.stored
+            stored = decode_chunk(chunk, crc, self.manifest.compression, form.dtype, form.shape)
+            return spec.transform.inverse(stored, spec.row)
         except (DamagedError, OSError, KeyError) as error:
             raise CacheError(
                 f"{path}: cannot read row {index} ({self.keys[index].sample_id}): {error}; the file "
@@ -106,8 +108,16 @@ class Cache:
 
     def decode_features(self, index: int, tap: TapSpec) -> NDArray[np.float32]:
         """The (C, h, w) float32 feature map of one row and tap."""
-        arrays = {spec.path.rsplit("/", 1)[1]: self.read(index, spec.path) for spec in tap.arrays()}
-        return codecs.decode(arrays, tap.precision)
+        feature_CHW: NDArray[np.float32] = codecs.decode(self.read_features(index, tap), tap)
+        return feature_CHW
+
+    def read_features(self, index: int, tap: TapSpec) -> dict[str, NDArray[np.generic]]:
+        """What is stored of one row and tap, by the arrays' names in the tap's folder."""
+        return {
+            path.removeprefix(tap.folder + "/"): self.read(index, path)
+            for path in self._specs
+            if path.startswith(tap.folder + "/")
+        }
 
 
 class Row:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import fcntl
+import glob
 import json
 import logging
 import os
@@ -16,24 +19,27 @@ from typing import Any, Self
 import numpy as np
 import zarr
 from numpy.typing import NDArray
-from zarr.codecs import Crc32cCodec, ZstdCodec
+from zarr.abc.codec import BytesBytesCodec
+from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
 from kdcache.cache.format import (
     COMMIT,
-    MANIFEST,
-    SKIPPED,
     ArraySpec,
     Commit,
     Manifest,
+    Root,
     RowKey,
     commit_path,
     group_document,
+    node_bytes,
+    node_digest,
     read_commits,
-    read_manifest,
+    read_root,
     read_skipped,
+    skipped_document,
 )
-from kdcache.cache.shard import ShardFile
+from kdcache.cache.shard import LZ4_LEVEL, ZSTD_LEVEL, ShardFile
 from kdcache.durable import TEMPORARY_SUFFIX, fsync, write_atomic
 from kdcache.errors import CacheError, FingerprintError
 
@@ -58,16 +64,20 @@ class CacheWriter:
         # An interrupt may end the block while another thread is inside `append`.
         self._row_lock = threading.RLock()
         self._torn = False  # a row reached some arrays only: the open shard must not be committed
-        if path.exists():
-            _check_same(path, read_manifest(path), manifest)
-        else:
+        if not path.exists():
             _create(path, manifest)
+        _check_same(path, read_root(path).manifest, manifest)
         self._lock = _lock(path)
-        commits = read_commits(path)
-        self.committed: set[RowKey] = {key for commit in commits for key in commit.keys}
-        self._shard = max((commit.shard + 1 for commit in commits), default=0)
-        self._rows_declared = self._shard * manifest.shard_rows
-        self._sweep({commit.shard for commit in commits})
+        try:
+            self._root = read_root(path)
+            commits = read_commits(path)
+            self.committed: set[RowKey] = {key for commit in commits for key in commit.keys}
+            self._shard = max((commit.shard + 1 for commit in commits), default=0)
+            self._sweep({commit.shard for commit in commits})
+            self._lengthen(self._root.array_rows)  # a killed writer may have done it in part
+        except BaseException:
+            os.close(self._lock)
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -108,7 +118,7 @@ class CacheWriter:
         if not self._files:
             self._open_shard()
         for spec in self._specs:
-            self._files[spec.path].append(arrays[spec.path])
+            self._files[spec.path].append(spec.transform.forward(arrays[spec.path]))
         self._keys.append(key)
         self._torn = False
         if len(self._keys) == self._manifest.shard_rows:
@@ -145,7 +155,7 @@ class CacheWriter:
             return
         folder = self._path / "skipped"
         folder.mkdir(exist_ok=True)
-        write_atomic(folder / "zarr.json", group_document({SKIPPED: dict(reasons)}))
+        write_atomic(folder / "zarr.json", skipped_document(reasons))
 
     def _refuse_torn(self) -> None:
         if self._torn:
@@ -156,27 +166,35 @@ class CacheWriter:
     def _check_row(self, key: RowKey, arrays: Mapping[str, NDArray[np.generic]]) -> None:
         for spec in self._specs:
             array = arrays[spec.path]
-            if (array.shape, array.dtype) != (spec.row_shape, np.dtype(spec.dtype)):
+            if (array.shape, array.dtype) != (spec.row.shape, np.dtype(spec.row.dtype)):
                 raise CacheError(
                     f"{key.sample_id}: {spec.path} is {array.dtype} {array.shape}, the cache holds "
-                    f"{spec.dtype} {spec.row_shape}"
+                    f"{spec.row.dtype} {spec.row.shape}"
                 )
 
     def _open_shard(self) -> None:
         for spec in self._specs:
             path = self._path / spec.shard_path(self._shard)
-            self._files[spec.path] = ShardFile(path, self._manifest.shard_rows)
+            self._files[spec.path] = ShardFile(
+                path, self._manifest.shard_rows, self._manifest.compression
+            )
 
     def _declare_rows(self, rows: int) -> None:
-        if rows <= self._rows_declared:
+        if rows <= self._root.array_rows:
             return
+        # the root first: a length below the root's is a growth that was cut short, not an edit
+        self._root = dataclasses.replace(self._root, array_rows=rows)
+        write_atomic(self._path / "zarr.json", self._root.document())
+        self._lengthen(rows)
+
+    def _lengthen(self, rows: int) -> None:
+        """Bring every array's zarr.json to the root's length; they never shrink."""
         for spec in self._specs:
             path = self._path / spec.path / "zarr.json"
             document = json.loads(path.read_bytes())
-            if document["shape"][0] < rows:  # never shrink: old rows would come back on growing
+            if document["shape"][0] < rows:
                 document["shape"][0] = rows
-                write_atomic(path, json.dumps(document, indent=1).encode())
-        self._rows_declared = rows
+                write_atomic(path, node_bytes(document))
 
     def _sweep(self, committed: set[int]) -> None:
         """Remove what a killed writer left: temporary files, and shards without a commit record."""
@@ -194,14 +212,17 @@ class CacheWriter:
 
 def _create(path: Path, manifest: Manifest) -> None:
     """Lay out an empty cache beside `path` and give it its name when all of it is on disk."""
-    record = manifest.as_json()
-    groups: dict[str, dict[str, Any]] = {".": {MANIFEST: record}, "commits": {}, "features": {}}
+    groups: dict[str, dict[str, Any]] = {"commits": {}, "features": {}}
+    groups |= {tap.folder: tap.as_json() for tap in manifest.taps}
     documents = {name: group_document(attributes) for name, attributes in groups.items()}
-    documents |= {tap["folder"]: group_document(tap) for tap in record["taps"]}
-    documents |= {
-        spec.path: _array_document(spec, manifest.shard_rows) for spec in manifest.arrays()
-    }
+    documents |= {spec.path: _array_document(spec, manifest) for spec in manifest.arrays()}
+    nodes = {name: node_digest(json.loads(text)) for name, text in documents.items()}
+    documents["."] = Root(manifest=manifest, nodes=nodes, array_rows=0).document()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _sweep_staging(path)
     staging = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+    staging.mkdir()
+    lock = _lock(staging)
     try:
         for name, document in documents.items():
             (staging / name).mkdir(parents=True, exist_ok=True)
@@ -213,26 +234,42 @@ def _create(path: Path, manifest: Manifest) -> None:
         raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        os.close(lock)
     fsync(path.parent)
 
 
-def _array_document(spec: ArraySpec, shard_rows: int) -> bytes:
+def _sweep_staging(path: Path) -> None:
+    """Remove what killed processes left of creating the same cache."""
+    for folder in path.parent.glob(f"{glob.escape(path.name)}.*{TEMPORARY_SUFFIX}"):
+        with contextlib.suppress(CacheError, OSError):  # another process is at it
+            lock = _lock(folder)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(lock)
+
+
+def _array_document(spec: ArraySpec, manifest: Manifest) -> bytes:
     """The zarr.json of an array without rows, in zarr-python's own words."""
     store = MemoryStore()
+    compressors: dict[str, list[BytesBytesCodec]] = {
+        "zstd": [ZstdCodec(level=ZSTD_LEVEL, checksum=True)],
+        "lz4": [BloscCodec(cname="lz4", clevel=LZ4_LEVEL, shuffle="bitshuffle", typesize=1)],
+        "none": [],
+    }
     zarr.create_array(
         store,
-        shape=(0, *spec.row_shape),
-        chunks=(1, *spec.row_shape),
-        shards=(shard_rows, *spec.row_shape),
-        dtype=spec.dtype,
+        shape=(0, *spec.stored.shape),
+        chunks=(1, *spec.stored.shape),
+        shards=(manifest.shard_rows, *spec.stored.shape),
+        dtype=spec.stored.dtype,
         fill_value=spec.fill_value,
         filters=None,
-        compressors=[ZstdCodec(level=1, checksum=True), Crc32cCodec()],
+        compressors=[*compressors[manifest.compression], Crc32cCodec()],
         # "." keeps a shard one file in the array's folder; "/" makes two folders a file
         chunk_key_encoding={"name": "default", "separator": "."},
-        dimension_names=spec.dimensions,
+        dimension_names=("row", *spec.stored.dimensions),
+        attributes=spec.attributes(),
     )
-    return store._store_dict["zarr.json"].to_bytes()
+    return node_bytes(json.loads(store._store_dict["zarr.json"].to_bytes()))
 
 
 def _lock(path: Path) -> int:
@@ -257,11 +294,13 @@ def _check_same(path: Path, found: Manifest, asked: Manifest) -> None:
                 f"{path} was extracted with {field} = {old}, now {new} was asked for; "
                 "use another --out, or the settings and files the cache was made with"
             )
-    if (found.arrays(), found.shard_rows) != (asked.arrays(), asked.shard_rows):
-        raise FingerprintError(
-            f"{path} has other arrays or shards ({found.shard_rows} rows a shard) than asked for "
-            f"({asked.shard_rows}); use another --out"
-        )
+    for field in ("shard_rows", "compression", "size_px", "logits_dtype", "taps"):
+        old, new = getattr(found, field), getattr(asked, field)
+        if old != new:
+            raise FingerprintError(
+                f"{path} was written with {field} = {old}, now {new} was asked for; "
+                "use another --out, or the settings the cache was made with"
+            )
     for library in sorted(found.versions.keys() & asked.versions.keys()):
         old, new = found.versions[library], asked.versions[library]
         if old != new:

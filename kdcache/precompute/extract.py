@@ -222,7 +222,10 @@ def _load_models(config: ExtractConfig, device: str) -> tuple[Yolo, Teacher]:
 
 def _manifest(config: ExtractConfig, yolo: Yolo, teacher: Teacher, device: str) -> Manifest:
     tap = TapSpec(
-        name=config.yolo_target_layer, precision=config.precision, shape=yolo.feature_shape
+        name=config.yolo_target_layer,
+        precision=config.precision,
+        shape=yolo.feature_shape,
+        groups=yolo.groups,
     )
     fingerprint = {
         "yolo_sha256": yolo.sha256,
@@ -241,6 +244,7 @@ def _manifest(config: ExtractConfig, yolo: Yolo, teacher: Teacher, device: str) 
     return Manifest(
         size_px=config.size,
         shard_rows=config.shard_rows,
+        compression=config.compression,
         logits_dtype="float32" if config.precision == "float32" else "float16",
         taps=(tap,),
         fingerprint=fingerprint,
@@ -327,17 +331,18 @@ def _write(
     writer: CacheWriter,
     manifest: Manifest,
     row: Prepared,
-    feature_CHW: codecs.F32,
+    feature_CHW: codecs.Array,
     logits_HW: codecs.F32,
 ) -> None:
     (tap,) = manifest.taps
-    encoded = codecs.encode(feature_CHW, tap.precision)
+    # on a GPU the features become codes there; the codes come to the host
+    encoded = codecs.encode(feature_CHW, tap)
     arrays = {
         IMAGE: row.image,
         MASK: row.mask,
-        LOGITS: codecs.teacher_logits(logits_HW, tap.precision),
+        LOGITS: codecs.teacher_logits(logits_HW, manifest.logits_dtype),
         ROWS: describe_row(row.key, row.details),
-        **{f"{tap.folder}/{name}": array for name, array in encoded.items()},
+        **{f"{tap.folder}/{name}": codecs.on_host(array) for name, array in encoded.items()},
     }
     writer.append(row.key, arrays)
 

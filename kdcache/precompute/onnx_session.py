@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -63,6 +65,7 @@ class OnnxNetwork:
 
     def __init__(self, model: bytes, path: Path, device: str, size_px: int) -> None:
         self._path = path
+        self._torch_device = "cpu" if device == "cpu" else "cuda"
         self._session = _open_session(model, path, device)
         inputs = self._session.get_inputs()
         if len(inputs) != 1:
@@ -83,35 +86,73 @@ class OnnxNetwork:
         self._fixed_batch = shape[0] if isinstance(shape[0], int) else None
 
     def __call__(self, inputs_NCHW: F32) -> F32:
-        """The first output for (N, 3, H, W) inputs, as float32.
+        """The first output for (N, 3, H, W) inputs, as float32 in host memory."""
+        parts = [
+            np.asarray(self._run(part)[0], np.float32)[:count]
+            for part, count in self._fixed_batches(inputs_NCHW)
+        ]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def output_shapes(self, inputs_NCHW: F32) -> list[tuple[int, ...]]:
+        """Shapes of all outputs, in the graph's order."""
+        part, _ = next(self._fixed_batches(inputs_NCHW))
+        return [output.shape for output in self._run(part)]
+
+    def on_device(self, inputs_NCHW: F32, shape: tuple[int, ...]) -> torch.Tensor:
+        """The first output, (N, *shape) float32, where it was computed: no way through the host."""
+        (dtype,) = (_OUTPUT_DTYPES[output.type] for output in self._session.get_outputs()[:1])
+        parts = []
+        for part, count in self._fixed_batches(inputs_NCHW):
+            result = torch.empty((len(part), *shape), dtype=dtype, device=self._torch_device)
+            binding = self._session.io_binding()
+            binding.bind_cpu_input(self._input.name, np.ascontiguousarray(part))
+            binding.bind_output(
+                self._session.get_outputs()[0].name,
+                self._torch_device,
+                0,
+                _NUMPY_DTYPES[dtype],
+                tuple(result.shape),
+                result.data_ptr(),
+            )
+            with self._errors():
+                self._session.run_with_iobinding(binding)
+            parts.append(result[:count].float())
+        return torch.cat(parts)
+
+    def _fixed_batches(self, inputs_NCHW: F32) -> Iterator[tuple[NDArray[np.floating[Any]], int]]:
+        """The inputs in the batches the graph takes, each with the count of its real images.
 
         With a fixed batch the last, smaller part is padded with its own last image.
         """
         inputs = inputs_NCHW.astype(self._dtype, copy=False)
-        if self._fixed_batch is None:
-            return self._run(inputs)
-        parts = []
-        for start in range(0, len(inputs), self._fixed_batch):
-            part = inputs[start : start + self._fixed_batch]
-            padding = np.repeat(part[-1:], self._fixed_batch - len(part), axis=0)
-            parts.append(self._run(np.concatenate([part, padding]))[: len(part)])
-        return np.concatenate(parts)
+        size = self._fixed_batch or len(inputs)
+        for start in range(0, len(inputs), size):
+            part = inputs[start : start + size]
+            padding = np.repeat(part[-1:], size - len(part), axis=0)
+            yield (np.concatenate([part, padding]) if len(padding) else part), len(part)
 
-    def _run(self, inputs: NDArray[np.floating[Any]]) -> F32:
+    def _run(self, inputs: NDArray[np.floating[Any]]) -> list[NDArray[np.generic]]:
+        with self._errors():
+            outputs: list[NDArray[np.generic]] = self._session.run(None, {self._input.name: inputs})
+        return outputs
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
         try:
             with device_memory(f"running {self._path.name}", "lower --batch-size or --size"):
-                output = self._session.run(None, {self._input.name: inputs})[0]
+                yield
         except DeviceMemoryError:
             raise
         except Exception as error:  # ONNX Runtime's exceptions share no base
             raise ModelError(f"{self._path}: ONNX Runtime cannot run it: {error}") from error
-        return np.asarray(output, np.float32)
 
 
 _INPUT_DTYPES: dict[str, type[np.floating[Any]]] = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
 }
+_OUTPUT_DTYPES = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16}
+_NUMPY_DTYPES = {torch.float32: np.float32, torch.float16: np.float16}
 
 
 def _open_session(model: bytes, path: Path, device: str) -> Any:

@@ -73,7 +73,7 @@ def test_resume_computes_only_what_is_missing_and_ends_equal(
     )
     report = standins.extract(tmp_path / "c")
     assert (report.rows_added, report.rows_found, report.rows_total) == (6, 4, 10)
-    assert len(seen) == 6 + 1  # and the model's own trial
+    assert len(seen) == 6
     assert rows_equal(Cache(tmp_path / "c"), cache)
 
 
@@ -179,10 +179,10 @@ def test_strict_stops_at_the_first_bad_file(standins, spoilt, tmp_path):
 def test_row_whose_features_cannot_be_stored_is_skipped(standins, tmp_path, monkeypatch):
     encode, calls = engine.codecs.encode, iter(range(99))
 
-    def refuse_one(feature, precision):
-        if next(calls) == 2:
+    def refuse_one(feature, tap):
+        if next(calls) == 3:  # the first is the detector's own trial
             raise SampleError("feature channel 7 is not finite")
-        return encode(feature, precision)
+        return encode(feature, tap)
 
     monkeypatch.setattr(engine.codecs, "encode", refuse_one)
     report = standins.extract(tmp_path / "c", limit=5)

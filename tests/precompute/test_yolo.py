@@ -10,7 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from kdcache.errors import ModelError, ProviderError
 from kdcache.precompute import onnx_session
-from kdcache.precompute.yolo import Yolo, tapped, yolo_input
+from kdcache.precompute.yolo import Yolo, pruned, yolo_input
 from kdcache.standins import TAP
 
 
@@ -52,7 +52,7 @@ def test_inner_tap_gives_what_the_whole_graph_computes(standins):
 
 
 def test_nodes_behind_the_tap_are_cut(standins):
-    cut = tapped(onnx.load(standins.detector), TAP, standins.detector)
+    cut = pruned(onnx.load(standins.detector), [TAP], standins.detector)
     assert [output.name for output in cut.graph.output] == [TAP]
     assert "head" not in {i.name for i in cut.graph.initializer}
     assert cut.graph.node[-1].op_type == "Concat"
