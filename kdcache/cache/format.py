@@ -12,6 +12,7 @@ Everything is a Zarr node, so any Zarr reader lists, opens and explains a cache 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -86,9 +87,13 @@ class ArraySpec:
 
     def attributes(self) -> dict[str, Any]:
         """What a reader without kdcache needs to undo the transform of one stored row."""
-        name = type(self.transform).__name__
-        row = {"dtype": self.row.dtype, "shape": list(self.row.shape)}
-        return {} if name == "Plain" else {"row": row, "decode": self.transform.recipe}
+        if isinstance(self.transform, Plain):
+            return {}
+        return {
+            "transform": {"name": self.transform.name, **dataclasses.asdict(self.transform)},
+            "row": {"dtype": self.row.dtype, "shape": list(self.row.shape)},
+            "decode": self.transform.recipe.splitlines(),
+        }
 
 
 class Group(NamedTuple):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +29,9 @@ class Form(NamedTuple):
 class Plain:
     """Stored as it is."""
 
-    recipe = "array = stored"
+    name: ClassVar = "plain"
+
+    recipe: ClassVar = "array = stored"
 
     def stored(self, row: Form) -> Form:
         """The form on disk of a row of form `row`."""
@@ -52,6 +54,8 @@ class Nibbles:
     coder can learn; the lower bits are noise that it stores as they are. Fewer than 8 bits take
     no more room than they have, also uncompressed. The count of codes is padded to a multiple of 8.
     """
+
+    name: ClassVar = "nibbles"
 
     bits: int
 
@@ -108,6 +112,8 @@ class Nibbles:
 class BytePlanes:
     """Floats cut into planes of bytes, sign and exponent first: those repeat, the mantissa does not."""
 
+    name: ClassVar = "byte_planes"
+
     dtype: str
 
     @property
@@ -132,6 +138,8 @@ class FloatGradient:
     The prediction is left + above − above-left, on the bits as integers. 128 is added so that
     small differences of either sign leave the upper bytes zero; the bytes go into planes.
     """
+
+    name: ClassVar = "float_gradient"
 
     dtype: str
 
@@ -165,7 +173,9 @@ class RgbGradient:
     left + above − above-left. All modulo 256.
     """
 
-    recipe = "\n".join(
+    name: ClassVar = "rgb_gradient"
+
+    recipe: ClassVar = "\n".join(
         [
             "green, red, blue = stored.cumsum(1, 'uint8').cumsum(2, 'uint8')",
             "array = np.stack([red + green, green, blue + green], axis=-1)",

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
+import math
 import pickle
+import re
 import shutil
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +25,8 @@ import kdcache
 from kdcache.cache.reader import Cache
 from kdcache.cache.writer import CacheWriter
 from kdcache.errors import CacheError
+
+PRECISIONS = ["float32", "float16", "int8", "int6", "int5", "int4"]
 
 
 @pytest.fixture
@@ -55,44 +62,80 @@ def test_plain_zarr_lists_the_cache_and_ties_every_row_to_its_sample(small):
     described = [bytes(row).rstrip(b"\0") for row in group["rows"][:]]
     found = {json.loads(text)["sample_id"]: i for i, text in enumerate(described) if text}
     assert found == {f"photos/{n}.jpg": n for n in range(5)}
-    for number in range(5):
-        for path, values in make_row(number)[1].items():
-            assert np.array_equal(group[path][number], values)
-    assert np.isnan(group["teacher_logits"][5]).all()  # a slot without a row cannot be mistaken
+    # a slot without a row cannot be mistaken
+    assert (group["mask"][5] == 255).all()
+    assert np.isnan(group[f"{TAP.folder}/affine"][5]).all()
 
 
-def test_the_page_on_the_format_reads_a_cache_with_zarr_alone(small, monkeypatch):
+PAGE = (Path(__file__).parents[2] / "docs/format.md").read_text()
+
+
+def code_of_page(first_line: str) -> str:
+    """The indented block of docs/format.md that starts with `first_line`."""
+    start = PAGE.index("    " + first_line)
+    return textwrap.dedent(re.match(r"(?:(?:    .*)?\n)+", PAGE[start:])[0])
+
+
+def page_functions() -> dict[str, Any]:
+    names = {"np": np, "math": math}
+    for first_line in ("def undo(", "def features("):
+        exec(code_of_page(first_line), names)
+    return names
+
+
+@pytest.fixture(params=list(itertools.product(PRECISIONS, ["zstd", "lz4", "none"])))
+def any_cache(request, tmp_path):
+    """A cache of five known rows in one of all precisions and compressions, named coco.zarr."""
+    precision, compression = request.param
+    manifest = dataclasses.replace(
+        MANIFEST,
+        compression=compression,
+        logits_dtype="float32" if precision == "float32" else "float16",
+        taps=(dataclasses.replace(TAP, precision=precision),),
+    )
+    with CacheWriter(tmp_path / "coco.zarr", manifest) as writer:
+        for number in range(5):
+            writer.append(*make_row(number, manifest=manifest))
+    return tmp_path / "coco.zarr"
+
+
+def test_the_page_on_the_format_reads_a_cache_with_zarr_and_numpy_alone(any_cache, monkeypatch):
     """The code of docs/format.md, run as it stands there."""
-    page = (Path(__file__).parents[2] / "docs/format.md").read_text()
-    code = page[
-        page.index("    group = zarr.open_group") : page.index("Without the commit records")
-    ]
-    code = textwrap.dedent(code) + "\n        seen[index] = sample_id, row['source_bytes'], image\n"
-    monkeypatch.chdir(small.parent)
-    small.rename("coco.zarr")
-    seen = {}
-    exec(code, {"zarr": zarr, "json": json, "seen": seen})
-    assert {n: pair[:2] for n, pair in seen.items()} == {
-        n: (f"photos/{n}.jpg", n) for n in range(5)
-    }
-    assert all(np.array_equal(seen[n][2], make_row(n)[1]["image"]) for n in range(5))
+    cache, seen = Cache(any_cache), {}
+    code = code_of_page("group = zarr.open_group")
+    code += "        seen[index] = sample_id, row['source_bytes'], image, mask, logits, x\n"
+    monkeypatch.chdir(any_cache.parent)
+    exec(code, page_functions() | {"zarr": zarr, "json": json, "seen": seen})
+    assert list(seen) == list(range(5))
+    for number, (sample_id, source_bytes, image, mask, logits, x) in seen.items():
+        assert (sample_id, source_bytes) == (f"photos/{number}.jpg", number)
+        _, arrays = make_row(number, manifest=cache.manifest)
+        for read, name in ((image, "image"), (mask, "mask"), (logits, "teacher_logits")):
+            assert read.dtype == arrays[name].dtype
+            assert np.array_equal(read, arrays[name])
+        assert np.array_equal(x, cache[number].features[TAP.name])
 
 
-def test_tensorstore_reads_every_array(small):
-    for path, values in make_row(4)[1].items():
-        spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(small / path)}}
-        array = tensorstore.open(spec, read=True).result()
-        assert np.array_equal(array[4].read().result(), values)
+def test_tensorstore_reads_every_array(any_cache):
+    """A second implementation of Zarr, with the transforms undone by the page's code."""
+    cache, page = Cache(any_cache), page_functions()
+    for path, values in make_row(4, manifest=cache.manifest)[1].items():
+        spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(any_cache / path)}}
+        stored = tensorstore.open(spec, read=True).result()[4].read().result()
+        attributes = json.loads((any_cache / path / "zarr.json").read_text())["attributes"]
+        assert np.array_equal(page["undo"](stored, attributes), values)
 
 
-def test_features_decode_as_the_group_attributes_say(small):
-    group = zarr.open_group(small / TAP.folder, mode="r")
-    names = {"codes": group["codes"][2], "affine": group["affine"][2], "float32": np.float32}
-    by_formula = eval(group.attrs["decode"], {}, names)
-    assert np.array_equal(by_formula, Cache(small)[2].features[TAP.name])
+def test_decode_attribute_of_every_array_undoes_its_transform(any_cache):
+    for path, array in zarr.open_group(any_cache, mode="r").arrays():
+        if "decode" in array.attrs:
+            names = {"np": np, "math": math, "stored": array[3]}
+            names["shape"] = array.attrs["row"]["shape"]
+            exec("\n".join(array.attrs["decode"]), names)
+            assert np.array_equal(names["array"], Cache(any_cache).read(3, path))
 
 
-@pytest.mark.parametrize("array", ["image", "mask", "rows", f"{TAP.folder}/codes"])
+@pytest.mark.parametrize("array", ["image", "mask", "rows", f"{TAP.folder}/codes_x2"])
 def test_flipped_byte_raises_and_names_file_and_sample(small, array):
     path = small / array / f"c.0.{'.'.join('0' * (zarr.open(small / array).ndim - 1))}"
     data = bytearray(path.read_bytes())
