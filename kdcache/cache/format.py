@@ -49,6 +49,8 @@ SKIPPED = "kdcache_skipped"
 # warning) and tensorstore (at all) both read. Zeros compress to nothing.
 ROW_DESCRIPTION_BYTES = 2048
 
+_UNSIGNED = "0" * 64
+
 IMAGE, MASK, LOGITS, ROWS = "image", "mask", "teacher_logits", "rows"
 
 BITS: dict[str, int] = {"int8": 8, "int6": 6, "int5": 5, "int4": 4}
@@ -246,7 +248,7 @@ class Root:
     def document(self) -> bytes:
         """The zarr.json of the root group."""
         record = self.manifest.as_json() | {"nodes": self.nodes, "array_rows": self.array_rows}
-        return group_document({MANIFEST: signed(record)})
+        return signed_document(MANIFEST, record)
 
 
 def node_digest(document: Mapping[str, Any]) -> str:
@@ -268,14 +270,15 @@ def read_root(cache: Path) -> Root:
         raise CacheError(
             f"{cache} is not a kdcache cache: it has no zarr.json; make one with `kdcache extract`"
         )
-    record = _read_attribute(path, MANIFEST)
+    data = path.read_bytes()
+    record = _attribute(path, data, MANIFEST)
     version = record.get("format_version")
     if version != FORMAT_VERSION:
         raise CacheError(
             f"{cache} has cache format version {version}; this kdcache reads version "
             f"{FORMAT_VERSION}; install the kdcache release that wrote it"
         )
-    check_signature(record, path)
+    _check_signature(path, data, record)
     try:
         manifest = Manifest(
             size_px=record["size_px"],
@@ -303,10 +306,12 @@ class Commit:
     objects: Mapping[str, ObjectRecord]  # by array path
 
     def as_json(self) -> dict[str, Any]:
-        objects = {path: record.as_json() for path, record in self.objects.items()}
-        return signed(
-            {"shard": self.shard, "rows": [list(k) for k in self.keys]} | {"objects": objects}
-        )
+        objects = {path: dataclasses.asdict(record) for path, record in self.objects.items()}
+        return {"shard": self.shard, "rows": [list(k) for k in self.keys], "objects": objects}
+
+    def document(self) -> bytes:
+        """The zarr.json of the commit's group."""
+        return signed_document(COMMIT, self.as_json())
 
 
 def commit_path(cache: Path, shard: int) -> Path:
@@ -329,14 +334,13 @@ def read_commits(cache: Path) -> list[Commit]:
 
 def read_commit(path: Path) -> Commit:
     """One commit record; raises CacheError when it was altered or lies under another's number."""
-    record = _read_attribute(path, COMMIT)
-    check_signature(record, path)
+    record = _read_signed(path, COMMIT)
     if f"{record['shard']:06d}" != path.parent.name:
         raise CacheError(f"{path} holds the commit record of shard {record['shard']}")
     return Commit(
         shard=record["shard"],
         keys=tuple(RowKey(*key) for key in record["rows"]),
-        objects={p: ObjectRecord.from_json(fields) for p, fields in record["objects"].items()},
+        objects={path: ObjectRecord(**fields) for path, fields in record["objects"].items()},
     )
 
 
@@ -347,7 +351,7 @@ def group_document(attributes: Mapping[str, Any]) -> bytes:
 
 def skipped_document(reasons: Mapping[str, str]) -> bytes:
     """The zarr.json that lists skipped images: sample id to reason."""
-    return group_document({SKIPPED: signed({"images": dict(reasons)})})
+    return signed_document(SKIPPED, {"images": dict(reasons)})
 
 
 def read_skipped(cache: Path) -> dict[str, str]:
@@ -355,39 +359,44 @@ def read_skipped(cache: Path) -> dict[str, str]:
     path = cache / "skipped" / "zarr.json"
     if not path.is_file():
         return {}
-    record = _read_attribute(path, SKIPPED)
-    check_signature(record, path)
-    return dict(record["images"])
+    return dict(_read_signed(path, SKIPPED)["images"])
 
 
-def _read_attribute(path: Path, attribute: str) -> dict[str, Any]:
-    try:
-        record = json.loads(path.read_bytes())["attributes"][attribute]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CacheError(f"{path} is damaged or not kdcache's: no {attribute!r} in it") from error
-    if not isinstance(record, dict):
-        raise CacheError(f"{path} is damaged: {attribute!r} is not an object")
+def signed_document(attribute: str, record: Mapping[str, Any]) -> bytes:
+    """A group's zarr.json that holds a record and, as its `sha256`, the digest of the file itself.
+
+    The digest is of the file's bytes with 64 zeros in its own place, so any edit or flipped bit shows.
+    """
+    unsigned = group_document({attribute: {"sha256": _UNSIGNED, **record}})
+    digest = hashlib.sha256(unsigned).hexdigest()
+    return unsigned.replace(_UNSIGNED.encode(), digest.encode(), 1)
+
+
+def _read_signed(path: Path, attribute: str) -> dict[str, Any]:
+    data = path.read_bytes()
+    record = _attribute(path, data, attribute)
+    _check_signature(path, data, record)
     return record
 
 
-def signed(record: dict[str, Any]) -> dict[str, Any]:
-    """The record with the SHA-256 of its canonical JSON, so that an edit or a flipped bit shows."""
-    return record | {"sha256": _digest(record)}
-
-
-def check_signature(record: Mapping[str, Any], path: Path) -> None:
-    """Raise CacheError when a signed record of the file at `path` is not what was signed."""
-    rest = {key: value for key, value in record.items() if key != "sha256"}
-    if record.get("sha256") != _digest(rest):
+def _check_signature(path: Path, data: bytes, record: Mapping[str, Any]) -> None:
+    digest = str(record.get("sha256", "")).encode()
+    unsigned = data.replace(digest, _UNSIGNED.encode(), 1) if digest else data
+    if digest != hashlib.sha256(unsigned).hexdigest().encode():
         raise CacheError(
             f"{path} was changed after it was written (its digest does not match); "
             "restore it from a backup, or extract this cache again"
         )
 
 
-def _digest(record: Mapping[str, Any]) -> str:
-    canonical = json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(canonical.encode()).hexdigest()
+def _attribute(path: Path, data: bytes, attribute: str) -> dict[str, Any]:
+    try:
+        record = json.loads(data)["attributes"][attribute]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CacheError(f"{path} is damaged or not kdcache's: no {attribute!r} in it") from error
+    if not isinstance(record, dict):
+        raise CacheError(f"{path} is damaged: {attribute!r} is not an object")
+    return record
 
 
 def describe_row(key: RowKey, details: Mapping[str, Any]) -> NDArray[np.uint8]:

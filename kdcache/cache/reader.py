@@ -96,7 +96,7 @@ class Cache:
         try:
             record = commit.objects[array]
             chunk = read_chunk(path, slot, self.manifest.shard_rows, record.size_bytes)
-            crc, form = record.chunk_crc32c[slot], spec.stored
+            crc, form = record.crc(slot), spec.stored
             stored = decode_chunk(chunk, crc, self.manifest.compression, form.dtype, form.shape)
             return spec.transform.inverse(stored, spec.row)
         except (DamagedError, OSError, KeyError) as error:

@@ -15,10 +15,9 @@ import math
 import os
 import struct
 import threading
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import google_crc32c
 import numpy as np
@@ -132,20 +131,14 @@ class ObjectRecord:
 
     size_bytes: int
     sha256: str
-    chunk_crc32c: tuple[int, ...]  # of each row's compressed bytes
+    chunk_crc32c: str  # of each row's compressed bytes, 8 hexadecimal digits a row
 
-    def as_json(self) -> dict[str, Any]:
-        crcs = "".join(f"{crc:08x}" for crc in self.chunk_crc32c)
-        return {"size_bytes": self.size_bytes, "sha256": self.sha256, "chunk_crc32c": crcs}
-
-    @classmethod
-    def from_json(cls, record: Mapping[str, Any]) -> ObjectRecord:
-        packed = bytes.fromhex(record["chunk_crc32c"])
-        return cls(
-            size_bytes=record["size_bytes"],
-            sha256=record["sha256"],
-            chunk_crc32c=struct.unpack(f">{len(packed) // _CRC_BYTES}I", packed),
-        )
+    def crc(self, slot: int) -> int:
+        """The CRC-32C of a row's compressed bytes; raises DamagedError if none was committed."""
+        digits = self.chunk_crc32c[8 * slot : 8 * slot + 8]
+        if not digits:
+            raise DamagedError(f"no checksum was committed for slot {slot}")
+        return int(digits, 16)
 
 
 class ShardFile:
@@ -179,7 +172,7 @@ class ShardFile:
         return ObjectRecord(
             size_bytes=self._offset,
             sha256=self._digest.hexdigest(),
-            chunk_crc32c=tuple(self._crcs),
+            chunk_crc32c="".join(f"{crc:08x}" for crc in self._crcs),
         )
 
     def abandon(self) -> None:

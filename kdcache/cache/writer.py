@@ -24,7 +24,6 @@ from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
 from kdcache.cache.format import (
-    COMMIT,
     ArraySpec,
     Commit,
     Manifest,
@@ -137,7 +136,7 @@ class CacheWriter:
         record = Commit(shard=self._shard, keys=tuple(self._keys), objects=objects)
         target = commit_path(self._path, self._shard)
         target.parent.mkdir(exist_ok=True)
-        write_atomic(target, group_document({COMMIT: record.as_json()}))
+        write_atomic(target, record.document())
         fsync(target.parent.parent)
         self.committed.update(self._keys)
         self._keys, self._files = [], {}
