@@ -224,6 +224,25 @@ def info(cache: Path, as_json: bool) -> None:
     _print(describe(kdcache.open(cache)), as_json, info_text)
 
 
+@main.command(epilog=_example("kdcache verify coco.zarr", "kdcache verify coco.zarr --json"))
+@_cache_argument
+@_option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Threads.")
+@_json_option
+@_with_logging_above_bars
+def verify(cache: Path, workers: int, as_json: bool) -> None:
+    """Read every byte of a cache and compare it with what was committed.
+
+    Exit status 1 when anything is not as it was written.
+    """
+    from kdcache.cache.verify import verify as verify_cache
+    from kdcache.report import verify_text
+
+    report = verify_cache(cache, workers=workers, progress=True)
+    _print(report, as_json, verify_text)
+    if not report.ok:
+        sys.exit(EXIT_FAILED)
+
+
 @main.command(
     epilog=_example(
         "kdcache train coco.zarr --out runs/first --epochs 50 --batch-size 4",

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kdcache.cache.verify import VerifyReport
     from kdcache.demo import DemoReport
     from kdcache.precompute.extract import ExtractReport
     from kdcache.train.export import ExportReport
@@ -62,6 +63,26 @@ def info_text(info: Mapping[str, Any]) -> str:
     if info["skipped"]:
         lines.append(f"{len(info['skipped'])} images were skipped:")
         lines += [f"  {name}: {reason}" for name, reason in info["skipped"].items()]
+    return "\n".join(lines)
+
+
+def verify_text(report: VerifyReport) -> str:
+    """What was read of each array, each problem with the rows it spoils, and the verdict."""
+    table = [("part", "files", "bytes", "bad files")]
+    table += [
+        (name, str(part.files), megabytes(part.size_bytes), str(part.bad_files))
+        for name, part in report.parts.items()
+    ]
+    lines = [_table(table), ""] if report.parts else []
+    for problem in report.bad[:_SKIPPED_SHOWN]:
+        rows = ", ".join(problem.rows[:3]) + (" …" if len(problem.rows) > 3 else "")
+        lines.append(f"{problem.path}: {problem.problem}" + (f" (rows {rows})" if rows else ""))
+    if len(report.bad) > _SKIPPED_SHOWN:
+        lines.append(f"… {len(report.bad) - _SKIPPED_SHOWN} more: --json lists all")
+    if report.being_written:
+        lines.append("a writer has the cache open; what it has not committed was left out")
+    verdict = "every byte is as committed" if report.ok else f"NOT OK, {len(report.bad)} problems"
+    lines.append(f"{report.path}: {report.rows} rows, {verdict}")
     return "\n".join(lines)
 
 

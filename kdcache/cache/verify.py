@@ -1,0 +1,301 @@
+"""Is every byte of a cache still what was committed, and is nothing there that should not be."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from kdcache.cache.format import (
+    MASK,
+    ROWS,
+    ArraySpec,
+    Commit,
+    Root,
+    RowKey,
+    commit_path,
+    commit_paths,
+    node_bytes,
+    node_digest,
+    parse_row,
+    read_commit,
+    read_root,
+    read_skipped,
+)
+from kdcache.cache.shard import DamagedError, chunk_range, decode_chunk, decode_index, index_bytes
+from kdcache.durable import TEMPORARY_SUFFIX
+from kdcache.errors import CacheError
+
+_MASK_VALUES = (0, 1, 254, 255)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One thing that is not as it was committed."""
+
+    path: str  # of the file, in the cache's folder
+    problem: str
+    rows: list[str] = field(default_factory=list)  # sample ids of the rows that it spoils
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """What was checked of one array."""
+
+    files: int
+    size_bytes: int
+    bad_files: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyReport:
+    """The verdict on a cache. `rows` counts the rows that are committed."""
+
+    path: str
+    ok: bool
+    rows: int
+    bad: list[Problem]
+    parts: dict[str, Part]
+    being_written: bool  # a writer has the cache open: its unfinished files are not problems
+
+
+def verify(path: Path, *, workers: int = 2, progress: bool = False) -> VerifyReport:
+    """Read every byte of the cache at a folder and compare it with what was committed.
+
+    Checks the root record, every zarr.json, every commit record, size, SHA-256, index, chunk
+    checksums and values of every shard file, and that no other file lies in the folder. Raises
+    CacheError only when there is no cache at `path`; all else is in the report.
+    """
+    if not (path / "zarr.json").is_file():
+        read_root(path)
+    being_written = _is_being_written(path)
+    try:
+        root = read_root(path)
+    except CacheError as error:
+        bad = [Problem(path="zarr.json", problem=f"{error}; nothing below it can be checked")]
+        return _report(path, [], {}, bad, being_written)
+    specs = root.manifest.arrays()
+    commits, bad = _check_commits(path, specs)
+    bad += _check_nodes(path, root, specs, commits, being_written)
+    bad += _check_skipped(path)
+    bad += _check_files(path, root, specs, commits, being_written)
+    jobs = [(commit, spec) for commit in commits for spec in specs if spec.path in commit.objects]
+    sizes = Counter[str]()
+    files, bad_files = Counter[str](), Counter[str]()
+    total = sum(commit.objects[spec.path].size_bytes for commit, spec in jobs)
+    bar = tqdm(
+        total=total, desc="verify", unit="B", unit_scale=True, disable=None if progress else True
+    )
+    with bar, ThreadPoolExecutor(workers, thread_name_prefix="verify") as pool:
+        try:
+            found = pool.map(lambda job: list(_check_shard(path, root, *job)), jobs)
+            for (commit, spec), problems in zip(jobs, found, strict=True):
+                size = commit.objects[spec.path].size_bytes
+                files[spec.path] += 1
+                sizes[spec.path] += size
+                bad_files[spec.path] += bool(problems)
+                bad += problems
+                bar.update(size)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    parts = {
+        name: Part(files=files[name], size_bytes=sizes[name], bad_files=bad_files[name])
+        for name in (spec.path for spec in specs)
+    }
+    return _report(path, commits, parts, bad, being_written)
+
+
+def _report(
+    path: Path,
+    commits: Sequence[Commit],
+    parts: dict[str, Part],
+    bad: list[Problem],
+    being_written: bool,
+) -> VerifyReport:
+    return VerifyReport(
+        path=str(path),
+        ok=not bad,
+        rows=sum(len(commit.keys) for commit in commits),
+        bad=bad,
+        parts=parts,
+        being_written=being_written,
+    )
+
+
+def _is_being_written(path: Path) -> bool:
+    """Whether a writer holds its lock on the cache."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks
+        return False
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _check_commits(path: Path, specs: Sequence[ArraySpec]) -> tuple[list[Commit], list[Problem]]:
+    commits, bad = [], []
+    seen: dict[RowKey, int] = {}
+    arrays = {spec.path for spec in specs}
+    for file in commit_paths(path):
+        name = file.relative_to(path).as_posix()
+        try:
+            commit = read_commit(file)
+        except (CacheError, OSError) as error:
+            bad.append(Problem(path=name, problem=str(error)))
+            continue
+        commits.append(commit)
+        if commit.objects.keys() != arrays:
+            problem = f"names {sorted(commit.objects)}, the cache has {sorted(arrays)}"
+            bad.append(Problem(path=name, problem=problem, rows=_samples(commit)))
+        for key in commit.keys:
+            if key in seen:
+                problem = f"row {tuple(key)} is in shard {seen[key]} too"
+                bad.append(Problem(path=name, problem=problem, rows=[key.sample_id]))
+            seen[key] = commit.shard
+    return commits, bad
+
+
+def _check_nodes(
+    path: Path,
+    root: Root,
+    specs: Sequence[ArraySpec],
+    commits: Sequence[Commit],
+    being_written: bool,
+) -> Iterator[Problem]:
+    """Every zarr.json below the root that is neither a commit record nor the skipped list."""
+    shard_rows = root.manifest.shard_rows
+    needed = max((commit.shard + 1 for commit in commits), default=0) * shard_rows
+    if root.array_rows < needed:
+        problem = f"array_rows is {root.array_rows}, the committed shards reach {needed}"
+        yield Problem(path="zarr.json", problem=problem)
+    arrays = {spec.path for spec in specs}
+    for name, digest in root.nodes.items():
+        file = f"{name}/zarr.json"
+        try:
+            data = (path / file).read_bytes()
+            document = json.loads(data)
+            same = data == node_bytes(document) and node_digest(document) == digest
+        except OSError as error:
+            yield Problem(path=file, problem=f"cannot be read: {error.strerror}")
+            continue
+        except (ValueError, TypeError, AttributeError, IndexError, KeyError):
+            same = False
+        if not same:
+            yield Problem(path=file, problem="was changed after it was written")
+        elif name in arrays and document["shape"][0] != root.array_rows and not being_written:
+            yield Problem(
+                path=file,
+                problem=f"its length is {document['shape'][0]}, the root record says "
+                f"{root.array_rows}: it was edited, or a writer was interrupted (the next "
+                "`kdcache extract` mends that)",
+            )
+
+
+def _check_skipped(path: Path) -> Iterator[Problem]:
+    try:
+        read_skipped(path)
+    except (CacheError, OSError) as error:
+        yield Problem(path="skipped/zarr.json", problem=str(error))
+
+
+def _check_files(
+    path: Path,
+    root: Root,
+    specs: Sequence[ArraySpec],
+    commits: Sequence[Commit],
+    being_written: bool,
+) -> Iterator[Problem]:
+    """Files and folders that neither the root nor a commit accounts for."""
+    records = commit_paths(path)  # damaged ones too: they have their own problem
+    shards = {int(file.parent.name) for file in records} | {commit.shard for commit in commits}
+    expected = {"zarr.json", "skipped/zarr.json", "commits/zarr.json"}
+    expected |= {f"{name}/zarr.json" for name in root.nodes}
+    expected |= {commit_path(Path(), shard).as_posix() for shard in shards}
+    expected |= {spec.shard_path(shard) for spec in specs for shard in shards}
+    open_shard = max(shards, default=-1) + 1
+    unfinished = {spec.shard_path(open_shard) for spec in specs} if being_written else set()
+    for folder, subfolders, names in os.walk(path):
+        inside = Path(folder).relative_to(path)
+        empty = not subfolders and not names
+        for name in names or ([""] if empty else []):
+            file = (inside / name).as_posix()
+            if file in expected or file in unfinished:
+                continue
+            if being_written and (file.endswith(TEMPORARY_SUFFIX) or file.startswith("commits")):
+                continue
+            yield Problem(
+                path=file,
+                problem="no record accounts for it: a left-over of an interrupted writer (the "
+                "next `kdcache extract` removes it), a file whose commit record was lost, or a "
+                "stranger",
+            )
+
+
+def _check_shard(path: Path, root: Root, commit: Commit, spec: ArraySpec) -> Iterator[Problem]:
+    """One shard file: as a whole, and each of its rows."""
+    name = spec.shard_path(commit.shard)
+    record, slots = commit.objects[spec.path], root.manifest.shard_rows
+    try:
+        data = (path / name).read_bytes()
+    except OSError as error:
+        problem = f"cannot be read: {error.strerror}"
+        yield Problem(path=name, problem=problem, rows=_samples(commit))
+        return
+    wrong = []
+    if len(data) != record.size_bytes:
+        wrong.append(f"has {len(data)} bytes, {record.size_bytes} were committed")
+    elif hashlib.sha256(data).hexdigest() != record.sha256:
+        wrong.append("its SHA-256 differs from the committed one")
+    spoilt = {}
+    try:
+        index = decode_index(data[-index_bytes(slots) :], slots)
+        for slot, key in enumerate(commit.keys):
+            try:
+                offset, length = chunk_range(index, slot, len(data))
+                chunk, form = data[offset : offset + length], spec.stored
+                compression = root.manifest.compression
+                stored = decode_chunk(chunk, record.crc(slot), compression, form.dtype, form.shape)
+                _check_values(spec, spec.transform.inverse(stored, spec.row), key)
+            except DamagedError as error:
+                spoilt[key.sample_id] = str(error)
+    except DamagedError as error:
+        spoilt = dict.fromkeys(_samples(commit), str(error))
+    wrong += dict.fromkeys(spoilt.values())
+    if wrong:
+        yield Problem(path=name, problem="; ".join(wrong), rows=list(spoilt))
+
+
+def _check_values(spec: ArraySpec, array: NDArray[Any], key: RowKey) -> None:
+    """What a row may hold; raises DamagedError."""
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise DamagedError(f"{np.count_nonzero(~np.isfinite(array))} values are not finite")
+    if spec.path == MASK and not np.isin(array, _MASK_VALUES).all():
+        raise DamagedError(f"mask values other than {_MASK_VALUES}")
+    if spec.path == ROWS:
+        try:
+            description = parse_row(array)
+            described = RowKey(*(description[name] for name in RowKey._fields))
+        except (ValueError, KeyError) as error:
+            raise DamagedError(f"its description is no JSON of a row: {error}") from error
+        if described != key:
+            raise DamagedError(f"describes {tuple(described)}, {tuple(key)} was committed")
+
+
+def _samples(commit: Commit) -> list[str]:
+    return [key.sample_id for key in commit.keys]
