@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from kdcache.errors import ModelError, ProviderError
@@ -110,6 +111,19 @@ def test_fixed_batch_and_half_inputs_give_the_same_features(tmp_path, batch, dty
     blocks = images.transpose(0, 3, 1, 2).reshape(5, 3, 8, 8, 8, 8) / 255
     assert features.dtype == np.float32
     assert np.allclose(features, blocks.mean((3, 5)), atol=2e-3)
+
+
+@pytest.mark.parametrize("batch", ["N", 2])
+@pytest.mark.parametrize("dtype", [TensorProto.FLOAT, TensorProto.FLOAT16])
+def test_features_bound_to_a_torch_tensor_equal_those_in_host_memory(tmp_path, batch, dtype):
+    """The way taken on a GPU, here with the tensor on the CPU."""
+    save_identity(tmp_path / "m.onnx", batch, dtype)
+    yolo = open_yolo(tmp_path / "m.onnx", tap="pooled")
+    on_host = yolo.features(random_images(5))
+    yolo._on_host = False
+    bound = yolo.features(random_images(5))
+    assert isinstance(bound, torch.Tensor)
+    assert np.array_equal(bound.numpy(), on_host)
 
 
 def test_missing_tap_names_the_nearest(standins):
