@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from kdcache.cache import codecs
 from kdcache.cache.format import (
@@ -26,6 +27,10 @@ from kdcache.config import ExtractConfig
 from kdcache.precompute.dataset import folder_dataset
 from kdcache.precompute.extract import ExtractReport, extract
 from kdcache.standins import save_detector, save_scenes, save_teacher
+
+# No test is timed (other work may share the machine), and every run tries the same examples.
+settings.register_profile("kdcache", deadline=None, derandomize=True, max_examples=60)
+settings.load_profile("kdcache")
 
 SIZE = 64
 SCENES = 10
