@@ -11,17 +11,8 @@ import pytest
 from hypothesis import settings
 
 from kdcache.cache import codecs
-from kdcache.cache.format import (
-    IMAGE,
-    LOGITS,
-    MASK,
-    ROWS,
-    Group,
-    Manifest,
-    RowKey,
-    TapSpec,
-    describe_row,
-)
+from kdcache.cache.format import RowKey, describe_row
+from kdcache.cache.layout import IMAGE, LOGITS, MASK, ROWS, Group, Manifest, TapSpec
 from kdcache.cache.reader import Cache
 from kdcache.config import ExtractConfig
 from kdcache.precompute.dataset import folder_dataset

@@ -15,7 +15,7 @@ import array_api_compat
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.cache.format import Group, TapSpec
+from kdcache.cache.layout import Group, TapSpec
 from kdcache.errors import SampleError
 
 F32 = NDArray[np.float32]

@@ -6,7 +6,8 @@ import math
 from collections import Counter
 from typing import Any
 
-from kdcache.cache.format import IMAGE, LOGITS, MASK, read_skipped
+from kdcache.cache.format import read_skipped
+from kdcache.cache.layout import IMAGE, LOGITS, MASK
 from kdcache.cache.reader import Cache
 
 

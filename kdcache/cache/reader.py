@@ -11,19 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.cache import codecs
-from kdcache.cache.format import (
-    IMAGE,
-    LOGITS,
-    MASK,
-    ROWS,
-    Commit,
-    Manifest,
-    RowKey,
-    TapSpec,
-    parse_row,
-    read_commits,
-    read_root,
-)
+from kdcache.cache.format import Commit, RowKey, parse_row, read_commits, read_root
+from kdcache.cache.layout import IMAGE, LOGITS, MASK, ROWS, Manifest, TapSpec
 from kdcache.cache.shard import DamagedError, decode_chunk, read_chunk
 from kdcache.errors import CacheError, nearest
 

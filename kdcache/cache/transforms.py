@@ -31,7 +31,9 @@ class Plain:
 
     name: ClassVar = "plain"
 
-    recipe: ClassVar = "array = stored"
+    def recipe(self, row: Form) -> str:
+        """Numpy lines that turn `stored` into `array`, given `shape`, the row's."""
+        return "array = stored"
 
     def stored(self, row: Form) -> Form:
         """The form on disk of a row of form `row`."""
@@ -59,8 +61,7 @@ class Nibbles:
 
     bits: int
 
-    @property
-    def recipe(self) -> str:
+    def recipe(self, row: Form) -> str:
         low = self.bits - 4
         lines = [
             "n = math.prod(shape) + -math.prod(shape) % 8",
@@ -114,11 +115,8 @@ class BytePlanes:
 
     name: ClassVar = "byte_planes"
 
-    dtype: str
-
-    @property
-    def recipe(self) -> str:
-        return f"{_joined(self.dtype)}\narray = bits.view({self.dtype!r})"
+    def recipe(self, row: Form) -> str:
+        return f"{_joined(row.dtype)}\narray = bits.view({row.dtype!r})"
 
     def stored(self, row: Form) -> Form:
         planes = np.dtype(row.dtype).itemsize
@@ -141,19 +139,16 @@ class FloatGradient:
 
     name: ClassVar = "float_gradient"
 
-    dtype: str
-
-    @property
-    def recipe(self) -> str:
+    def recipe(self, row: Form) -> str:
         lines = [
-            _joined(self.dtype),
+            _joined(row.dtype),
             "bits = (bits - 128).cumsum(0, bits.dtype).cumsum(1, bits.dtype)",
-            f"array = bits.view({self.dtype!r})",
+            f"array = bits.view({row.dtype!r})",
         ]
         return "\n".join(lines)
 
     def stored(self, row: Form) -> Form:
-        return BytePlanes(self.dtype).stored(row)
+        return BytePlanes().stored(row)
 
     def forward(self, array: Array) -> U8:
         bits = _bits(array)
@@ -175,12 +170,12 @@ class RgbGradient:
 
     name: ClassVar = "rgb_gradient"
 
-    recipe: ClassVar = "\n".join(
-        [
+    def recipe(self, row: Form) -> str:
+        lines = [
             "green, red, blue = stored.cumsum(1, 'uint8').cumsum(2, 'uint8')",
             "array = np.stack([red + green, green, blue + green], axis=-1)",
         ]
-    )
+        return "\n".join(lines)
 
     def stored(self, row: Form) -> Form:
         height, width, _ = row.shape

@@ -18,9 +18,6 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from kdcache.cache.format import (
-    MASK,
-    ROWS,
-    ArraySpec,
     Commit,
     Root,
     RowKey,
@@ -33,11 +30,13 @@ from kdcache.cache.format import (
     read_root,
     read_skipped,
 )
+from kdcache.cache.layout import MASK, ROWS, ArraySpec
 from kdcache.cache.shard import DamagedError, chunk_range, decode_chunk, decode_index, index_bytes
 from kdcache.durable import TEMPORARY_SUFFIX
 from kdcache.errors import CacheError
+from kdcache.imaging import BACKGROUND, IGNORE, PADDING, PERSON
 
-_MASK_VALUES = (0, 1, 254, 255)
+_MASK_VALUES = (BACKGROUND, PERSON, PADDING, IGNORE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,19 +76,18 @@ def verify(path: Path, *, workers: int = 2, progress: bool = False) -> VerifyRep
     checksums and values of every shard file, and that no other file lies in the folder. Raises
     CacheError only when there is no cache at `path`; all else is in the report.
     """
-    if not (path / "zarr.json").is_file():
-        read_root(path)
-    being_written = _is_being_written(path)
     try:
-        root = read_root(path)
+        root, being_written = read_root(path), _is_being_written(path)
     except CacheError as error:
+        if not (path / "zarr.json").is_file():
+            raise
         bad = [Problem(path="zarr.json", problem=f"{error}; nothing below it can be checked")]
-        return _report(path, [], {}, bad, being_written)
+        return _report(path, [], {}, bad, being_written=False)
     specs = root.manifest.arrays()
     commits, bad = _check_commits(path, specs)
-    bad += _check_nodes(path, root, specs, commits, being_written)
+    bad += _check_nodes(path, root, commits, being_written)
     bad += _check_skipped(path)
-    bad += _check_files(path, root, specs, commits, being_written)
+    bad += _check_files(path, root, commits, being_written)
     jobs = [(commit, spec) for commit in commits for spec in specs if spec.path in commit.objects]
     sizes = Counter[str]()
     files, bad_files = Counter[str](), Counter[str]()
@@ -172,11 +170,7 @@ def _check_commits(path: Path, specs: Sequence[ArraySpec]) -> tuple[list[Commit]
 
 
 def _check_nodes(
-    path: Path,
-    root: Root,
-    specs: Sequence[ArraySpec],
-    commits: Sequence[Commit],
-    being_written: bool,
+    path: Path, root: Root, commits: Sequence[Commit], being_written: bool
 ) -> Iterator[Problem]:
     """Every zarr.json below the root that is neither a commit record nor the skipped list."""
     shard_rows = root.manifest.shard_rows
@@ -184,7 +178,7 @@ def _check_nodes(
     if root.array_rows < needed:
         problem = f"array_rows is {root.array_rows}, the committed shards reach {needed}"
         yield Problem(path="zarr.json", problem=problem)
-    arrays = {spec.path for spec in specs}
+    arrays = {spec.path for spec in root.manifest.arrays()}
     for name, digest in root.nodes.items():
         file = f"{name}/zarr.json"
         try:
@@ -215,13 +209,10 @@ def _check_skipped(path: Path) -> Iterator[Problem]:
 
 
 def _check_files(
-    path: Path,
-    root: Root,
-    specs: Sequence[ArraySpec],
-    commits: Sequence[Commit],
-    being_written: bool,
+    path: Path, root: Root, commits: Sequence[Commit], being_written: bool
 ) -> Iterator[Problem]:
     """Files and folders that neither the root nor a commit accounts for."""
+    specs = root.manifest.arrays()
     records = commit_paths(path)  # damaged ones too: they have their own problem
     shards = {int(file.parent.name) for file in records} | {commit.shard for commit in commits}
     expected = {"zarr.json", "skipped/zarr.json", "commits/zarr.json"}

@@ -24,9 +24,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
 from kdcache.cache.format import (
-    ArraySpec,
     Commit,
-    Manifest,
     Root,
     RowKey,
     commit_path,
@@ -38,6 +36,7 @@ from kdcache.cache.format import (
     read_skipped,
     skipped_document,
 )
+from kdcache.cache.layout import ArraySpec, Manifest
 from kdcache.cache.shard import LZ4_LEVEL, ZSTD_LEVEL, ShardFile
 from kdcache.durable import TEMPORARY_SUFFIX, fsync, write_atomic
 from kdcache.errors import CacheError, FingerprintError
@@ -65,10 +64,10 @@ class CacheWriter:
         self._torn = False  # a row reached some arrays only: the open shard must not be committed
         if not path.exists():
             _create(path, manifest)
-        _check_same(path, read_root(path).manifest, manifest)
         self._lock = _lock(path)
         try:
             self._root = read_root(path)
+            _check_same(path, self._root.manifest, manifest)
             commits = read_commits(path)
             self.committed: set[RowKey] = {key for commit in commits for key in commit.keys}
             self._shard = max((commit.shard + 1 for commit in commits), default=0)

@@ -22,16 +22,8 @@ import numpy as np
 from tqdm import tqdm
 
 from kdcache.cache import codecs
-from kdcache.cache.format import (
-    IMAGE,
-    LOGITS,
-    MASK,
-    ROWS,
-    Manifest,
-    RowKey,
-    TapSpec,
-    describe_row,
-)
+from kdcache.cache.format import RowKey, describe_row
+from kdcache.cache.layout import IMAGE, LOGITS, MASK, ROWS, Manifest, TapSpec
 from kdcache.cache.reader import Cache
 from kdcache.cache.writer import CacheWriter
 from kdcache.config import ExtractConfig

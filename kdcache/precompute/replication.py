@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, helper, numpy_helper
 
-from kdcache.cache.format import Group, whole
+from kdcache.cache.layout import Group, whole
 
 # ONNX operators that move values without mixing them.
 _TRANSPARENT = {"Identity", "Cast"}

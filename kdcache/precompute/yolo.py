@@ -12,7 +12,7 @@ from onnx import AttributeProto, ModelProto, NodeProto, ValueInfoProto
 from torch import Tensor
 
 from kdcache.cache import codecs
-from kdcache.cache.format import Group, TapSpec, whole
+from kdcache.cache.layout import Group, TapSpec, whole
 from kdcache.config import YoloInput
 from kdcache.errors import ModelError, SampleError, nearest
 from kdcache.imaging import U8

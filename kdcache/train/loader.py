@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdcache.cache.format import IMAGE, LOGITS, MASK, RowKey
+from kdcache.cache.format import RowKey
+from kdcache.cache.layout import IMAGE, LOGITS, MASK
 from kdcache.cache.reader import Cache
 from kdcache.train.student import normalised
 

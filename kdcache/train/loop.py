@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from kdcache.cache.format import RowKey, TapSpec
+from kdcache.cache.format import RowKey
+from kdcache.cache.layout import TapSpec
 from kdcache.cache.reader import Cache
 from kdcache.config import TrainConfig
 from kdcache.errors import RunError, device_memory

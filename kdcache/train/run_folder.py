@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 import kdcache
-from kdcache.cache.format import TapSpec
+from kdcache.cache.layout import TapSpec
 from kdcache.cache.reader import Cache
 from kdcache.config import TrainConfig, load
 from kdcache.durable import replacing, write_atomic

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from kdcache.cache import codecs
-from kdcache.cache.format import Group, whole
+from kdcache.cache.layout import Group, whole
 from kdcache.errors import SampleError
 
 PRECISIONS = ["float32", "float16", "int8", "int6", "int5", "int4"]
@@ -115,7 +115,6 @@ def test_all_codes_of_a_channel_are_used_whatever_its_range(precision):
     levels = LEVELS[precision]
     tap = dataclasses.replace(tap_of(precision), shape=(2, 16, 16), groups=whole(2))
     ramp = np.linspace([0, -5], [1, 1000], levels + 1, dtype=np.float32).T
-    feature = np.resize(ramp[:, :, None], (2, 16, 16)).astype(np.float32)
     feature = np.stack([np.resize(row, (16, 16)) for row in ramp])
     codes = codecs.encode(feature, tap)["codes_x1"]
     assert all(np.array_equal(np.unique(channel), np.arange(levels + 1)) for channel in codes)

@@ -12,7 +12,7 @@ import pytest
 from conftest import CHANNELS
 from onnx import TensorProto, helper, numpy_helper
 
-from kdcache.cache.format import Group, whole
+from kdcache.cache.layout import Group, whole
 from kdcache.precompute.replication import Part, channel_groups, channel_parts
 from kdcache.precompute.yolo import Yolo
 from kdcache.standins import TAP

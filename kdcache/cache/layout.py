@@ -1,0 +1,217 @@
+"""Which arrays a cache has, and what a row of each is and how it is stored.
+
+Shapes: S the side of the model input, C channels and (h, w) the grid of a tap.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from kdcache.cache.transforms import (
+    BytePlanes,
+    FloatGradient,
+    Form,
+    Nibbles,
+    Plain,
+    RgbGradient,
+    Transform,
+)
+
+if TYPE_CHECKING:
+    from kdcache.config import Compression, Precision
+
+IMAGE, MASK, LOGITS, ROWS = "image", "mask", "teacher_logits", "rows"
+
+# A row's description as zero-padded UTF-8 JSON: the only text form that zarr-python (without a
+# warning) and tensorstore (at all) both read. Zeros compress to nothing.
+ROW_DESCRIPTION_BYTES = 2048
+
+BITS: dict[str, int] = {"int8": 8, "int6": 6, "int5": 5, "int4": 4}
+_FEATURE_AXES = ("channel", "y", "x")
+# An unused slot is told by its empty `rows` text, its mask of 255 and its NaN `affine`. Bytes of
+# 255 in every plane of a float are a NaN, too.
+_UNUSED_BYTE_PLANE = 255
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArraySpec:
+    """One array of the cache: its path in the group, what a row of it is, and how that is stored."""
+
+    path: str
+    row: Form
+    fill_value: float
+    transform: Transform = field(default_factory=Plain)
+
+    @property
+    def stored(self) -> Form:
+        """What a row is on disk, after the transform."""
+        return self.transform.stored(self.row)
+
+    def shard_path(self, shard: int) -> str:
+        """Path of a shard's file in the group: Zarr's default chunk key with `.` as separator."""
+        zeros = ["0"] * len(self.stored.shape)
+        return f"{self.path}/c.{'.'.join([str(shard), *zeros])}"
+
+    def attributes(self) -> dict[str, Any]:
+        """What a reader without kdcache needs to undo the transform of one stored row."""
+        if isinstance(self.transform, Plain):
+            return {}
+        return {
+            "transform": {"name": self.transform.name, **dataclasses.asdict(self.transform)},
+            "row": {"dtype": self.row.dtype, "shape": list(self.row.shape)},
+            "decode": self.transform.recipe(self.row).splitlines(),
+        }
+
+
+class Group(NamedTuple):
+    """Channels of a tap that are stored at one grid, `factor` times coarser than the tap's.
+
+    Each value of such a channel fills a factor×factor block of the tap, exactly.
+    """
+
+    factor: int
+    channels: tuple[tuple[int, int], ...]  # half-open ranges, in the tap's numbering
+
+
+@dataclass(frozen=True, kw_only=True)
+class TapSpec:
+    """How the feature maps of one tap are stored; every channel belongs to one group."""
+
+    name: str
+    precision: Precision
+    shape: tuple[int, int, int]  # (C, h, w)
+    groups: tuple[Group, ...]
+
+    @property
+    def folder(self) -> str:
+        """A path in the group; tap names hold slashes and colons, which are not portable there."""
+        return "features/" + re.sub(r"[^A-Za-z0-9_.-]+", "_", self.name).strip("_.")
+
+    @property
+    def bits(self) -> int | None:
+        """Bits of a code; None where floats are stored."""
+        return BITS.get(self.precision)
+
+    def arrays(self, compression: Compression) -> list[ArraySpec]:
+        _, height, width = self.shape
+        specs = []
+        for factor, ranges in self.groups:
+            channels = sum(stop - start for start, stop in ranges)
+            shape = (channels, height // factor, width // factor)
+            if self.bits is None:
+                form = Form(self.precision, shape, _FEATURE_AXES)
+                transform: Transform = Plain() if compression == "none" else BytePlanes()
+                name = "values"
+                fill = np.nan if compression == "none" else _UNUSED_BYTE_PLANE
+            else:
+                form = Form("uint8", shape, _FEATURE_AXES)
+                # 8-bit codes that are not compressed gain nothing by it, and are read by copying
+                raw = compression == "none" and self.bits == 8
+                transform = Plain() if raw else Nibbles(self.bits)
+                name, fill = "codes", 0
+            path = f"{self.folder}/{name}_x{factor}"
+            specs.append(ArraySpec(path=path, row=form, fill_value=fill, transform=transform))
+        if self.bits is not None:
+            form = Form("float32", (2, self.shape[0]), ("lo_step", "channel"))
+            specs.append(ArraySpec(path=f"{self.folder}/affine", row=form, fill_value=np.nan))
+        return specs
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "precision": self.precision,
+            "shape": list(self.shape),
+            "folder": self.folder,
+            "groups": [
+                {"factor": factor, "channels": [list(pair) for pair in ranges]}
+                for factor, ranges in self.groups
+            ],
+        }
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> TapSpec:
+        groups = tuple(
+            Group(group["factor"], tuple((start, stop) for start, stop in group["channels"]))
+            for group in record["groups"]
+        )
+        channels, height, width = record["shape"]
+        return cls(
+            name=record["name"],
+            precision=record["precision"],
+            shape=(channels, height, width),
+            groups=groups,
+        )
+
+
+def whole(channels: int) -> tuple[Group, ...]:
+    """The groups of a tap without repeated channels."""
+    return (Group(1, ((0, channels),)),)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What holds for every row of a cache."""
+
+    size_px: int
+    shard_rows: int
+    compression: Compression
+    logits_dtype: str
+    taps: tuple[TapSpec, ...]
+    fingerprint: Mapping[str, str]
+    versions: Mapping[str, str]
+
+    def arrays(self) -> list[ArraySpec]:
+        size, logits = self.size_px, self.logits_dtype
+        compressed = self.compression != "none"
+        image_form = Form("uint8", (size, size, 3), ("y", "x", "rgb"))
+        logits_form = Form(logits, (size, size), ("y", "x"))
+        return [
+            ArraySpec(
+                path=IMAGE,
+                row=image_form,
+                fill_value=0,
+                transform=RgbGradient() if compressed else Plain(),
+            ),
+            ArraySpec(path=MASK, row=Form("uint8", (size, size), ("y", "x")), fill_value=255),
+            ArraySpec(
+                path=LOGITS,
+                row=logits_form,
+                fill_value=_UNUSED_BYTE_PLANE if compressed else np.nan,
+                transform=FloatGradient() if compressed else Plain(),
+            ),
+            ArraySpec(
+                path=ROWS,
+                row=Form("uint8", (ROW_DESCRIPTION_BYTES,), ("utf8_json",)),
+                fill_value=0,
+            ),
+            *(spec for tap in self.taps for spec in tap.arrays(self.compression)),
+        ]
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "size_px": self.size_px,
+            "shard_rows": self.shard_rows,
+            "compression": self.compression,
+            "logits_dtype": self.logits_dtype,
+            "taps": [tap.as_json() for tap in self.taps],
+            "fingerprint": dict(self.fingerprint),
+            "versions": dict(self.versions),
+        }
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Manifest:
+        return cls(
+            size_px=record["size_px"],
+            shard_rows=record["shard_rows"],
+            compression=record["compression"],
+            logits_dtype=record["logits_dtype"],
+            taps=tuple(TapSpec.from_json(tap) for tap in record["taps"]),
+            fingerprint=record["fingerprint"],
+            versions=record["versions"],
+        )
