@@ -106,14 +106,15 @@ class TapSpec:
             shape = (channels, height // factor, width // factor)
             if self.bits is None:
                 form = Form(self.precision, shape, _FEATURE_AXES)
-                transform: Transform = Plain() if compression == "none" else BytePlanes()
-                name = "values"
-                fill = np.nan if compression == "none" else _UNUSED_BYTE_PLANE
+                planes = compression == "zstd"
+                transform: Transform = BytePlanes() if planes else Plain()
+                name, fill = "values", _UNUSED_BYTE_PLANE if planes else np.nan
             else:
                 form = Form("uint8", shape, _FEATURE_AXES)
-                # 8-bit codes that are not compressed gain nothing by it, and are read by copying
-                raw = compression == "none" and self.bits == 8
-                transform = Plain() if raw else Nibbles(self.bits)
+                # uncompressed, packing is all that makes fewer bits fewer bytes; lz4's bitshuffle
+                # does as well without it
+                packed = compression == "zstd" or (compression == "none" and self.bits < 8)
+                transform = Nibbles(self.bits) if packed else Plain()
                 name, fill = "codes", 0
             path = f"{self.folder}/{name}_x{factor}"
             specs.append(ArraySpec(path=path, row=form, fill_value=fill, transform=transform))
@@ -168,7 +169,8 @@ class Manifest:
 
     def arrays(self) -> list[ArraySpec]:
         size, logits = self.size_px, self.logits_dtype
-        compressed = self.compression != "none"
+        # Undoing a prediction takes longer than zstd itself; lz4 and none are there to be read fast.
+        predicted = self.compression == "zstd"
         image_form = Form("uint8", (size, size, 3), ("y", "x", "rgb"))
         logits_form = Form(logits, (size, size), ("y", "x"))
         return [
@@ -176,14 +178,14 @@ class Manifest:
                 path=IMAGE,
                 row=image_form,
                 fill_value=0,
-                transform=RgbGradient() if compressed else Plain(),
+                transform=RgbGradient() if predicted else Plain(),
             ),
             ArraySpec(path=MASK, row=Form("uint8", (size, size), ("y", "x")), fill_value=255),
             ArraySpec(
                 path=LOGITS,
                 row=logits_form,
-                fill_value=_UNUSED_BYTE_PLANE if compressed else np.nan,
-                transform=FloatGradient() if compressed else Plain(),
+                fill_value=_UNUSED_BYTE_PLANE if predicted else np.nan,
+                transform=FloatGradient() if predicted else Plain(),
             ),
             ArraySpec(
                 path=ROWS,

@@ -49,11 +49,11 @@ class DamagedError(Exception):
 
 def encode_chunk(array: NDArray[np.generic], compression: Compression) -> tuple[bytes, int]:
     """One row of one array as stored bytes, and the CRC-32C of its compressed part."""
-    raw = np.ascontiguousarray(array).view(np.uint8)
+    array = np.ascontiguousarray(array)
     if compression == "zstd":
-        compressed = _zstd_compressor().compress(raw.data.cast("B"))
+        compressed = _zstd_compressor().compress(array.view(np.uint8).data.cast("B"))
     else:
-        compressed = bytes(_LZ4.encode(raw)) if compression == "lz4" else raw.tobytes()
+        compressed = bytes(_LZ4.encode(array)) if compression == "lz4" else array.tobytes()
     crc = google_crc32c.value(compressed)
     return compressed + struct.pack("<I", crc), crc
 

@@ -250,7 +250,14 @@ def _array_document(spec: ArraySpec, manifest: Manifest) -> bytes:
     store = MemoryStore()
     compressors: dict[str, list[BytesBytesCodec]] = {
         "zstd": [ZstdCodec(level=ZSTD_LEVEL, checksum=True)],
-        "lz4": [BloscCodec(cname="lz4", clevel=LZ4_LEVEL, shuffle="bitshuffle", typesize=1)],
+        "lz4": [
+            BloscCodec(
+                cname="lz4",
+                clevel=LZ4_LEVEL,
+                shuffle="bitshuffle",
+                typesize=np.dtype(spec.stored.dtype).itemsize,
+            )
+        ],
         "none": [],
     }
     zarr.create_array(
