@@ -92,6 +92,17 @@ def cache(standins: Standins, tmp_path_factory: pytest.TempPathFactory) -> Cache
     return Cache(path)
 
 
+def rows_equal(a: Cache, b: Cache) -> bool:
+    """The rows of two caches by key, every array byte for byte."""
+    ours, theirs = ({key: i for i, key in enumerate(cache.keys)} for cache in (a, b))
+    arrays = [spec.path for spec in a.manifest.arrays()]
+    return ours.keys() == theirs.keys() and all(
+        a.read(ours[key], path).tobytes() == b.read(theirs[key], path).tobytes()
+        for key in ours
+        for path in arrays
+    )
+
+
 TAP = TapSpec(
     name="/head/Concat_output_0",
     precision="int8",

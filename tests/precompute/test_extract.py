@@ -6,7 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import SIZE
+from conftest import SIZE, rows_equal
 
 from kdcache.cache.format import read_skipped
 from kdcache.cache.reader import Cache
@@ -24,17 +24,6 @@ from kdcache.precompute import extract as engine
 from kdcache.precompute.dataset import folder_dataset, split_of
 from kdcache.precompute.teacher import Teacher
 from kdcache.precompute.yolo import Yolo
-
-
-def rows_equal(a, b):
-    """The rows of two caches by key, every array byte for byte."""
-    ours, theirs = ({key: i for i, key in enumerate(cache.keys)} for cache in (a, b))
-    arrays = [spec.path for spec in a.manifest.arrays()]
-    return ours.keys() == theirs.keys() and all(
-        a.read(ours[key], path).tobytes() == b.read(theirs[key], path).tobytes()
-        for key in ours
-        for path in arrays
-    )
 
 
 def test_float32_cache_holds_exactly_what_the_models_give(standins, tmp_path):
