@@ -19,6 +19,8 @@ EXIT_FAILED, EXIT_SKIPPED = 1, 3
 
 Command = Callable[..., Any]
 
+log = logging.getLogger(__name__)
+
 
 class _Group(click.Group):
     """Catches every KdcacheError once: its message on stderr, exit status 1."""
@@ -82,6 +84,13 @@ def _config_options(command: Command) -> Command:
 _json_option = _option("--json", "as_json", is_flag=True, help="Print JSON.")
 _device_option = _option(
     "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."
+)
+_frozen_device_option = _option(
+    "--device",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "cpu", "cuda", "tensorrt"]),
+    help="Where the frozen models run.",
 )
 _cache_argument = click.argument("cache", type=click.Path(path_type=Path))
 _run_argument = click.argument("run", type=click.Path(path_type=Path))
@@ -149,12 +158,7 @@ def demo_command(out: Path, as_json: bool) -> None:
 @_option("--val-fraction", type=float, metavar="F", help="Share of images put into val, by hash.")
 @_option("--limit", type=click.IntRange(1), metavar="N", help="Only the first N images.")
 @_option("--batch-size", type=click.IntRange(1), help="Images a model call (CPU 1, GPU 8).")
-@_option(
-    "--device",
-    default="auto",
-    show_default=True,
-    type=click.Choice(["auto", "cpu", "cuda", "tensorrt"]),
-)
+@_frozen_device_option
 @_option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Decode threads.")
 @_option("--strict", is_flag=True, help="Stop at the first image that cannot be used.")
 @_config_options
@@ -224,20 +228,66 @@ def info(cache: Path, as_json: bool) -> None:
     _print(describe(kdcache.open(cache)), as_json, info_text)
 
 
-@main.command(epilog=_example("kdcache verify coco.zarr", "kdcache verify coco.zarr --json"))
+@main.command(
+    epilog=_example(
+        "kdcache verify coco.zarr",
+        "kdcache verify coco.zarr --yolo yolov9_e.onnx --teacher 2020-09-23a.pth --rows 32",
+    )
+)
 @_cache_argument
+@_option("--yolo", type=_path, help="Run the detector again on some rows and compare.")
+@_option("--teacher", type=_path, help="Run the teacher again on some rows and compare.")
+@_option(
+    "--rows",
+    type=click.IntRange(1),
+    default=16,
+    show_default=True,
+    help="Rows that the models are run on.",
+)
+@_option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Which rows.")
+@_frozen_device_option
 @_option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Threads.")
 @_json_option
 @_with_logging_above_bars
-def verify(cache: Path, workers: int, as_json: bool) -> None:
+def verify(
+    cache: Path,
+    yolo: Path | None,
+    teacher: Path | None,
+    rows: int,
+    seed: int,
+    device: Any,
+    workers: int,
+    as_json: bool,
+) -> None:
     """Read every byte of a cache and compare it with what was committed.
 
-    Exit status 1 when anything is not as it was written.
+    With --yolo or --teacher it also runs them again on the stored pixels of some rows: what is
+    stored must lie within the stated error of its precision. Exit status 1 when anything is not
+    as it was written.
     """
     from kdcache.cache.verify import verify as verify_cache
     from kdcache.report import verify_text
 
+    if yolo or teacher:
+        from kdcache.cache.format import read_root
+        from kdcache.precompute.recheck import recheck, refuse_other_models
+
+        # before every byte is read, which takes long
+        fingerprint = read_root(cache).manifest.fingerprint
+        refuse_other_models(fingerprint, {"yolo_sha256": yolo, "teacher_sha256": teacher})
     report = verify_cache(cache, workers=workers, progress=True)
+    if (yolo or teacher) and report.ok:
+        report = recheck(
+            report,
+            yolo=yolo,
+            teacher=teacher,
+            rows=rows,
+            seed=seed,
+            device=device,
+            progress=True,
+        )
+    elif yolo or teacher:
+        log.warning("the models were not run: the cache is damaged")
     _print(report, as_json, verify_text)
     if not report.ok:
         sys.exit(EXIT_FAILED)

@@ -74,6 +74,22 @@ def verify_text(report: VerifyReport) -> str:
         for name, part in report.parts.items()
     ]
     lines = [_table(table), ""] if report.parts else []
+    if report.models:
+        agreement = [
+            ("against the models", "rows", "bad", "largest error", "of allowed", "rel. MSE")
+        ]
+        agreement += [
+            (
+                name,
+                str(part.rows),
+                str(part.bad_rows),
+                f"{part.largest_error:.2g}",
+                f"{part.largest_of_allowed:.0%}",
+                "" if part.relative_mse is None else f"{part.relative_mse:.1e}",
+            )
+            for name, part in report.models.items()
+        ]
+        lines += [_table(agreement), ""]
     for problem in report.bad[:_SKIPPED_SHOWN]:
         rows = ", ".join(problem.rows[:3]) + (" …" if len(problem.rows) > 3 else "")
         lines.append(f"{problem.path}: {problem.problem}" + (f" (rows {rows})" if rows else ""))
@@ -81,7 +97,10 @@ def verify_text(report: VerifyReport) -> str:
         lines.append(f"… {len(report.bad) - _SKIPPED_SHOWN} more: --json lists all")
     if report.being_written:
         lines.append("a writer has the cache open; what it has not committed was left out")
-    verdict = "every byte is as committed" if report.ok else f"NOT OK, {len(report.bad)} problems"
+    verdict = f"NOT OK, {len(report.bad)} problems"
+    if report.ok:
+        verdict = "every byte is as committed"
+        verdict += ", the models agree" if report.models else ""
     lines.append(f"{report.path}: {report.rows} rows, {verdict}")
     return "\n".join(lines)
 

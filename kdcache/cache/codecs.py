@@ -81,9 +81,7 @@ def max_error(arrays: Mapping[str, NDArray[np.generic]], tap: TapSpec) -> NDArra
     if tap.precision == "float32":
         return np.zeros((1, 1, 1))
     if tap.bits is None:
-        # 2^-11 of the value before rounding, which may be that much larger than the one stored
-        magnitude: NDArray[np.float64] = np.abs(decode(arrays, tap)).astype(np.float64)
-        return np.maximum(magnitude * (2**-11 * (1 + 2**-10)), 2**-25)
+        return _half_unit(decode(arrays, tap))
     low, step = (np.asarray(row, np.float64)[:, None, None] for row in arrays["affine"])
     levels = 2**tap.bits - 1
     # a step that float32 cannot hold as a normal number is stored as 0, all values as the minimum
@@ -91,6 +89,18 @@ def max_error(arrays: Mapping[str, NDArray[np.generic]], tap: TapSpec) -> NDArra
     rounding = 4 * np.finfo(np.float32).eps * np.maximum(np.abs(low), np.abs(low + levels * step))
     bound: NDArray[np.float64] = step / 2 + rounding + flat
     return bound
+
+
+def max_logit_error(stored: NDArray[np.generic]) -> NDArray[np.float64]:
+    """The stated bound of |logit − stored|, for logits stored as float16 or float32."""
+    return _half_unit(stored) if stored.dtype == np.float16 else np.zeros(1)
+
+
+def _half_unit(rounded: NDArray[np.generic]) -> NDArray[np.float64]:
+    """How far a value may have been from the float16 it was rounded to."""
+    # 2^-11 of the value before rounding, which may be that much larger than the one stored
+    magnitude = np.abs(rounded.astype(np.float64))
+    return np.maximum(magnitude * (2**-11 * (1 + 2**-10)), 2**-25)
 
 
 def on_host(array: Array) -> NDArray[Any]:

@@ -58,6 +58,17 @@ class Part:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """How far some rows of one part are from what its model gives now."""
+
+    rows: int
+    bad_rows: int
+    largest_error: float
+    largest_of_allowed: float  # the largest error, as a fraction of what is allowed there
+    relative_mse: float | None  # Σ error² / Σ (x − mean)²; None for constant maps
+
+
+@dataclass(frozen=True, kw_only=True)
 class VerifyReport:
     """The verdict on a cache. `rows` counts the rows that are committed."""
 
@@ -67,6 +78,7 @@ class VerifyReport:
     bad: list[Problem]
     parts: dict[str, Part]
     being_written: bool  # a writer has the cache open: its unfinished files are not problems
+    models: dict[str, Agreement] = field(default_factory=dict)  # by part, where models were given
 
 
 def verify(path: Path, *, workers: int = 2, progress: bool = False) -> VerifyReport:

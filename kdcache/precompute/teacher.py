@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 F32 = NDArray[np.float32]
 Tensors = dict[str, torch.Tensor]
 
+_SMP_UNET = "smp.Unet({})"
+
 
 class Teacher:
     """The teacher on one device: (N, H, W, 3) uint8 RGB to (N, H, W) float32 logits.
@@ -36,7 +38,7 @@ class Teacher:
             raise ModelError(f"{path}: no such teacher file")
         self.sha256 = sha256_file(path)
         self._network: Callable[[F32], F32]
-        self.network = "onnx" if path.suffix == ".onnx" else f"smp.Unet({encoder})"
+        self.network = "onnx" if path.suffix == ".onnx" else _SMP_UNET.format(encoder)
         if path.suffix == ".onnx":
             model = read_model(path).SerializeToString()
             self._network = OnnxNetwork(model, path, device, size_px)
@@ -52,6 +54,12 @@ class Teacher:
     def logits(self, images_NHWC: U8) -> F32:
         """One logit a pixel, (N, H, W)."""
         return self._network(imagenet_normalised(images_NHWC))[:, 0]
+
+
+def encoder_of(network: str) -> str:
+    """The smp encoder that a `Teacher.network` names; empty for an ONNX graph."""
+    prefix, suffix = _SMP_UNET.split("{}")
+    return network.removeprefix(prefix).removesuffix(suffix) if network != "onnx" else ""
 
 
 class _TorchNetwork:

@@ -1,0 +1,152 @@
+"""Do the frozen models still give what a cache holds? Runs them again on its own stored pixels."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from kdcache.cache import codecs
+from kdcache.cache.layout import LOGITS, TapSpec
+from kdcache.cache.reader import Cache
+from kdcache.cache.verify import Agreement, Problem, VerifyReport
+from kdcache.config import YoloInput
+from kdcache.errors import FingerprintError, ModelError
+from kdcache.precompute.onnx_session import Device, resolve_device, sha256_file
+from kdcache.precompute.teacher import Teacher, encoder_of
+from kdcache.precompute.yolo import Yolo
+
+# Of a channel's largest magnitude plus the map's root mean square: what another execution
+# provider, library version or batch size may change by summing in another order.
+PROVIDER_TOLERANCE = 1e-3
+
+_SMALLEST_ALLOWED = 1e-60  # a map of zeros allows no error, and nothing is divided by zero
+
+
+def refuse_other_models(fingerprint: Mapping[str, str], files: Mapping[str, Path | None]) -> None:
+    """Compare model files, by field (`yolo_sha256`, …), with those that a cache was made with."""
+    for field, path in files.items():
+        if path is None:
+            continue
+        if not path.is_file():
+            raise ModelError(f"{path}: no such model file")
+        now = sha256_file(path)
+        if now != fingerprint.get(field):
+            raise FingerprintError(
+                f"{path} is not the model that the cache was extracted with: its {field} is {now}, "
+                f"the cache has {fingerprint.get(field)}"
+            )
+
+
+def recheck(
+    report: VerifyReport,
+    *,
+    yolo: Path | None = None,
+    teacher: Path | None = None,
+    rows: int = 16,
+    seed: int = 0,
+    device: Device = "auto",
+    progress: bool = False,
+) -> VerifyReport:
+    """The report on a sound cache, with what the given models say of `rows` rows chosen by `seed`.
+
+    A stored value may differ from the model's by the bound of its precision (`codecs.max_error`,
+    `codecs.max_logit_error`) plus PROVIDER_TOLERANCE. Raises ModelError when a model cannot be
+    run, FingerprintError when it is not the one the cache was made with.
+    """
+    cache = Cache(report.path)
+    size_px, fingerprint = cache.manifest.size_px, cache.manifest.fingerprint
+    refuse_other_models(fingerprint, {"yolo_sha256": yolo, "teacher_sha256": teacher})
+    place_on = resolve_device(device)
+    compare: dict[str, Callable[[int], _Difference]] = {}
+    if yolo is not None:
+        tap = cache.tap(fingerprint["yolo_target_layer"])
+        expects = cast(YoloInput, fingerprint["yolo_input"])
+        detector = Yolo(yolo, tap=tap.name, expects=expects, device=place_on, size_px=size_px)
+        compare[tap.folder] = lambda index: _compare_features(cache, detector, tap, index)
+    if teacher is not None:
+        encoder = encoder_of(fingerprint["teacher_network"])
+        network = Teacher(teacher, encoder=encoder, device=place_on, size_px=size_px)
+        compare[LOGITS] = lambda index: _compare_logits(cache, network, index)
+    chosen = np.random.default_rng(seed).permutation(len(cache))[:rows].tolist()
+    jobs = [(part, index) for part in compare for index in chosen]
+    found: dict[str, list[_Difference]] = {part: [] for part in compare}
+    bad = []
+    for part, index in tqdm(jobs, desc="models", unit="row", disable=None if progress else True):
+        difference = compare[part](index)
+        found[part].append(difference)
+        if difference.problem:
+            problem = f"row {index}: {difference.problem}"
+            bad.append(Problem(path=part, problem=problem, rows=[cache.keys[index].sample_id]))
+    agreement = {part: _agreement(differences) for part, differences in found.items()}
+    return dataclasses.replace(report, ok=not bad, bad=bad, models=agreement)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Difference:
+    """Of one row of one part, between what is stored and what the model gives now."""
+
+    problem: str | None
+    largest: float
+    of_allowed: float
+    squared: float
+    spread: float
+
+
+def _compare_features(cache: Cache, yolo: Yolo, tap: TapSpec, index: int) -> _Difference:
+    stored = cache.read_features(index, tap)
+    now = codecs.on_host(yolo.features(_pixels(cache, index))[0])
+    return _compare(codecs.decode(stored, tap), now, codecs.max_error(stored, tap))
+
+
+def _compare_logits(cache: Cache, teacher: Teacher, index: int) -> _Difference:
+    stored = cache[index].teacher_logits[None]
+    return _compare(stored, teacher.logits(_pixels(cache, index)), codecs.max_logit_error(stored))
+
+
+def _pixels(cache: Cache, index: int) -> NDArray[np.uint8]:
+    image: NDArray[Any] = cache[index].image
+    return image[None]
+
+
+def _compare(
+    stored_CHW: NDArray[np.generic], now_CHW: NDArray[np.generic], bound: NDArray[np.float64]
+) -> _Difference:
+    stored, now = stored_CHW.astype(np.float64), now_CHW.astype(np.float64)
+    if not np.isfinite(now).all():
+        nothing = "the model now gives values that are not finite"
+        return _Difference(problem=nothing, largest=0, of_allowed=0, squared=0, spread=0)
+    scale = np.abs(now).max(axis=(1, 2), keepdims=True) + np.sqrt(np.mean(now**2))
+    allowed = np.maximum(bound + PROVIDER_TOLERANCE * scale, _SMALLEST_ALLOWED)
+    error = np.abs(stored - now)
+    of_allowed = error / allowed
+    channel, y, x = np.unravel_index(np.argmax(of_allowed), error.shape)
+    problem = None
+    if of_allowed.max() > 1:
+        problem = (
+            f"channel {channel} at ({y}, {x}) is stored as {stored[channel, y, x]:.6g}, the model "
+            f"now gives {now[channel, y, x]:.6g}, {of_allowed.max():.3g} times as far as allowed"
+        )
+    return _Difference(
+        problem=problem,
+        largest=float(error.max()),
+        of_allowed=float(of_allowed.max()),
+        squared=float((error**2).sum()),
+        spread=float(((now - now.mean()) ** 2).sum()),
+    )
+
+
+def _agreement(differences: list[_Difference]) -> Agreement:
+    spread = sum(d.spread for d in differences)
+    return Agreement(
+        rows=len(differences),
+        bad_rows=sum(d.problem is not None for d in differences),
+        largest_error=max((d.largest for d in differences), default=0.0),
+        largest_of_allowed=max((d.of_allowed for d in differences), default=0.0),
+        relative_mse=sum(d.squared for d in differences) / spread if spread else None,
+    )
