@@ -216,16 +216,25 @@ def extract(
         sys.exit(EXIT_SKIPPED)
 
 
-@main.command(epilog=_example("kdcache info coco.zarr"))
+@main.command(epilog=_example("kdcache info coco.zarr", "kdcache info coco.zarr --png rows.png"))
 @_cache_argument
+@_option("--png", type=_path, metavar="FILE", help="Draw rows: photo, mask, teacher, features.")
+@_option(
+    "--rows", type=click.IntRange(1), default=6, show_default=True, help="Rows that --png draws."
+)
 @_json_option
-def info(cache: Path, as_json: bool) -> None:
+def info(cache: Path, png: Path | None, rows: int, as_json: bool) -> None:
     """Show what a cache holds and what it costs."""
     import kdcache
     from kdcache.cache.info import describe
     from kdcache.report import info_text
 
-    _print(describe(kdcache.open(cache)), as_json, info_text)
+    opened = kdcache.open(cache)
+    if png is not None:
+        from kdcache.cache.picture import save_rows
+
+        save_rows(png, opened, rows)
+    _print(describe(opened), as_json, info_text)
 
 
 @main.command(

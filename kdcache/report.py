@@ -46,7 +46,8 @@ def info_text(info: Mapping[str, Any]) -> str:
     splits = ", ".join(f"{count} {split}" for split, count in info["rows_by_split"].items())
     lines = [
         f"{info['path']}: {info['rows']} rows ({splits or 'empty'}), {info['samples']} samples at "
-        f"{info['size_px']} px, {info['shards']} shards",
+        f"{info['size_px']} px, {info['shards']} shards of {info['shard_files']} files, "
+        f"compression {info['compression']}",
         "",
     ]
     parts = {name: stored[name] for name in ("image", "mask", "teacher_logits")}
@@ -56,9 +57,16 @@ def info_text(info: Mapping[str, Any]) -> str:
     table.append(("total", megabytes(stored["total"]), megabytes(stored["total"] / rows)))
     lines += [_table(table), ""]
     for tap, ratio in info["features_ratio_vs_float32"].items():
-        shape = "×".join(str(n) for n in info["taps"][tap]["shape"])
-        precision = info["taps"][tap]["precision"]
-        lines.append(f"{tap}: {shape} as {precision}, {ratio:.2f}× smaller than float32")
+        facts = info["taps"][tap]
+        channels, height, width = facts["shape"]
+        grids = ", ".join(
+            f"{count} channels at {height // int(factor)}×{width // int(factor)}"
+            for factor, count in facts["stored_channels"].items()
+        )
+        lines.append(
+            f"{tap}: {channels}×{height}×{width} as {facts['precision']}, {ratio:.2f}× smaller than "
+            f"float32 ({grids})"
+        )
     lines += [f"{field}: {value}" for field, value in info["fingerprint"].items()]
     if info["skipped"]:
         lines.append(f"{len(info['skipped'])} images were skipped:")

@@ -102,11 +102,12 @@ def test_skipped_images_are_listed_with_exit_status_3(standins, tmp_path):
     assert "scene_001.jpg" in json.loads(info.stdout)["skipped"]
 
 
-def test_info_has_the_keys_others_rely_on(cache):
+def test_info_has_the_keys_others_rely_on(cache, tmp_path):
     info = json.loads(run("info", cache.path, "--json").stdout)
     assert {"rows", "samples", "bytes", "features_ratio_vs_float32"} <= info.keys()
     assert {"image", "mask", "teacher_logits", "features"} <= info["bytes"].keys()
-    text = run("info", cache.path).stdout
+    text = run("info", cache.path, "--png", tmp_path / "rows.png").stdout
+    assert (tmp_path / "rows.png").exists()
     assert "10 rows" in text
     assert "smaller than float32" in text
 

@@ -29,10 +29,19 @@ def describe(cache: Cache) -> dict[str, Any]:
         "samples": len(cache.samples),
         "size_px": cache.manifest.size_px,
         "taps": {
-            tap.name: {"shape": list(tap.shape), "precision": tap.precision}
+            tap.name: {
+                "shape": list(tap.shape),
+                "precision": tap.precision,
+                "stored_channels": {
+                    factor: sum(stop - start for start, stop in channels)
+                    for factor, channels in tap.groups
+                },
+            }
             for tap in cache.manifest.taps
         },
+        "compression": cache.manifest.compression,
         "shards": len(cache.commits),
+        "shard_files": sum(len(commit.objects) for commit in cache.commits),
         "bytes": {
             **{part: stored[part] for part in (IMAGE, MASK, LOGITS)},
             "features": features,

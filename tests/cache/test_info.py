@@ -18,3 +18,5 @@ def test_bytes_are_those_of_the_files(cache):
     assert info["rows"] == sum(info["rows_by_split"].values()) == 10
     ratio = 10 * 4 * 16 * 8 * 8 / on_disk(tap.folder)
     assert info["features_ratio_vs_float32"] == {tap.name: ratio}
+    assert info["taps"][tap.name]["stored_channels"] == {2: 8, 1: 8}
+    assert info["shard_files"] == len(list(cache.path.rglob("c.*")))

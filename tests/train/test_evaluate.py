@@ -140,4 +140,4 @@ def test_overlay_shows_each_row_in_four_columns(cache, run, tmp_path):
     student, _ = read_best_student(run)
     save_overlay(tmp_path / "o.jpg", student, cache, cache.rows_of("val")[:2], "cpu")
     with Image.open(tmp_path / "o.jpg") as picture:
-        assert picture.size == (4 * 244, 18 + 2 * 244)
+        assert picture.size == (4 * 242, 18 + 2 * (240 + 18))
