@@ -158,7 +158,7 @@ def read_skipped(cache: Path) -> dict[str, str]:
     """Sample id to reason, of the images the last extraction had to skip."""
     path = cache / "skipped" / "zarr.json"
     if not path.is_file():
-        return {}
+        raise CacheError(f"{path} was deleted; the next `kdcache extract` writes it again")
     return dict(_read_signed(path, SKIPPED)["images"])
 
 

@@ -149,11 +149,10 @@ class CacheWriter:
 
     def record_skipped(self, reasons: Mapping[str, str]) -> None:
         """Store which images had to be left out and why, in place of the last list."""
-        if read_skipped(self._path) == dict(reasons):
-            return
-        folder = self._path / "skipped"
-        folder.mkdir(exist_ok=True)
-        write_atomic(folder / "zarr.json", skipped_document(reasons))
+        with contextlib.suppress(CacheError):  # lost or altered: written anew
+            if read_skipped(self._path) == dict(reasons):
+                return
+        write_atomic(self._path / "skipped" / "zarr.json", skipped_document(reasons))
 
     def _refuse_torn(self) -> None:
         if self._torn:
@@ -215,6 +214,7 @@ def _create(path: Path, manifest: Manifest) -> None:
     documents = {name: group_document(attributes) for name, attributes in groups.items()}
     documents |= {spec.path: _array_document(spec, manifest) for spec in manifest.arrays()}
     nodes = {name: node_digest(json.loads(text)) for name, text in documents.items()}
+    documents["skipped"] = skipped_document({})
     documents["."] = Root(manifest=manifest, nodes=nodes, array_rows=0).document()
     path.parent.mkdir(parents=True, exist_ok=True)
     _sweep_staging(path)

@@ -73,15 +73,15 @@ def plant(rng: np.random.Generator, cache: Path, before: Path) -> str:
     elif kind == "truncate":
         path.write_bytes(path.read_bytes()[: rng.integers(path.stat().st_size)])
     elif kind == "delete":
-        if path.name == "zarr.json" and path.parent in (cache, cache / "skipped"):
-            path = shards[0]
         path.unlink()
     elif kind == "swap":
         path = shards[rng.integers(len(shards))]
         others = [file for file in shards if file.parent == path.parent and file != path]
         swap(path, others[rng.integers(len(others))])
     elif kind == "stale":
-        path = shards[rng.integers(len(shards))]
+        path = files[rng.integers(len(files))]
+        old = (before / path.relative_to(cache)).read_bytes()
+        path = path if old != path.read_bytes() else shards[0]
         shutil.copy(before / path.relative_to(cache), path)
     elif kind == "edit":
         documents = [file for file in files if file.name == "zarr.json"]

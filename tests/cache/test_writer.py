@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import MANIFEST, make_row
 
+from kdcache.cache.format import read_skipped
 from kdcache.cache.reader import Cache
 from kdcache.cache.writer import CacheWriter
 from kdcache.errors import CacheError, FingerprintError
@@ -160,6 +161,17 @@ def test_row_of_another_shape_is_refused_by_name(tmp_path):
         pytest.raises(CacheError, match=r"photos/0.jpg: image is uint8 \(31, 32, 3\)"),
     ):
         writer.append(key, arrays)
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"{}")])
+def test_lost_list_of_skipped_images_is_written_again(tmp_path, damage):
+    write(tmp_path / "c", range(2))
+    damage(tmp_path / "c/skipped/zarr.json")
+    with pytest.raises(CacheError, match="skipped"):
+        read_skipped(tmp_path / "c")
+    with CacheWriter(tmp_path / "c", MANIFEST) as writer:
+        writer.record_skipped({})
+    assert read_skipped(tmp_path / "c") == {}
 
 
 def test_folder_that_is_no_cache_is_left_alone(tmp_path):
