@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from kdcache import __version__
-from kdcache.errors import KdcacheError
+from kdcache.errors import CacheError, KdcacheError
 
 EXIT_FAILED, EXIT_SKIPPED = 1, 3
 
@@ -134,9 +134,16 @@ def demo_command(out: Path, as_json: bool) -> None:
 @_option("--coco", type=_path, help="COCO instances JSON.")
 @_option("--all-images", is_flag=True, help="COCO: also images without a person.")
 @_option("--yolo", "yolo_onnx_path", type=_path, help="The frozen detector, an ONNX file.")
-@_option("--teacher", "teacher_checkpoint", type=_path, help="The frozen teacher: .pth or .onnx.")
+@_option(
+    "--teacher",
+    "teacher_checkpoint",
+    type=_path,
+    help="The frozen teacher: .pth, .ckpt, .safetensors or .onnx.",
+)
 @_option("--out", type=_path, required=True, help="Cache to write, or to resume or append to.")
-@_option("--tap", "yolo_target_layer", metavar="NAME", help="Tensor of the detector to store.")
+@_option(
+    "--tap", "yolo_target_layer", metavar="NAME", help="Tensor of the detector to store (layer 34)."
+)
 @_option(
     "--yolo-input",
     type=click.Choice(["rgb01", "bgr01", "rgb255", "bgr255"]),
@@ -271,8 +278,8 @@ def verify(
     """Read every byte of a cache and compare it with what was committed.
 
     With --yolo or --teacher it also runs them again on the stored pixels of some rows: what is
-    stored must lie within the stated error of its precision. Exit status 1 when anything is not
-    as it was written.
+    stored must lie within the stated error of its precision, and 1e-3 of a channel's largest
+    value for what another device may round. Exit status 1 when anything is not as it was written.
     """
     from kdcache.cache.verify import verify as verify_cache
     from kdcache.report import verify_text
@@ -281,11 +288,14 @@ def verify(
         from kdcache.cache.format import read_root
         from kdcache.precompute.recheck import recheck, refuse_other_models
 
-        # before every byte is read, which takes long
-        fingerprint = read_root(cache).manifest.fingerprint
-        refuse_other_models(fingerprint, {"yolo_sha256": yolo, "teacher_sha256": teacher})
+        try:
+            fingerprint = read_root(cache).manifest.fingerprint
+        except CacheError:
+            pass  # it goes into the report
+        else:  # before every byte is read, which takes long
+            refuse_other_models(fingerprint, {"yolo_sha256": yolo, "teacher_sha256": teacher})
     report = verify_cache(cache, workers=workers, progress=True)
-    if (yolo or teacher) and report.ok:
+    if (yolo or teacher) and report.ok and report.rows:
         report = recheck(
             report,
             yolo=yolo,
@@ -296,7 +306,9 @@ def verify(
             progress=True,
         )
     elif yolo or teacher:
-        log.warning("the models were not run: the cache is damaged")
+        log.warning(
+            "the models were not run: the cache %s", "is empty" if report.ok else "is damaged"
+        )
     _print(report, as_json, verify_text)
     if not report.ok:
         sys.exit(EXIT_FAILED)

@@ -16,7 +16,8 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +33,8 @@ FORMAT_VERSION = 1
 MANIFEST = "kdcache"
 COMMIT = "kdcache_commit"
 SKIPPED = "kdcache_skipped"
+
+_RESTORE = "restore it from a backup, or extract this cache again"
 
 _UNSIGNED = "0" * 64
 
@@ -51,18 +54,40 @@ class Root:
     manifest: Manifest
     nodes: Mapping[str, str]  # path of a node to the digest of its document
     array_rows: int  # length of every array's axis 0
+    shards: int  # the shards below this number were all committed when a writer last ended well
 
     def document(self) -> bytes:
         """The zarr.json of the root group."""
         record = {"format_version": FORMAT_VERSION, **self.manifest.as_json()}
-        record |= {"nodes": self.nodes, "array_rows": self.array_rows}
+        record |= {"nodes": self.nodes, "array_rows": self.array_rows, "shards": self.shards}
         return signed_document(MANIFEST, record)
+
+
+def manifest_digest(manifest: Manifest) -> str:
+    """SHA-256 of what must be the same for all rows of a cache; each commit record holds it."""
+    content = {name: value for name, value in manifest.as_json().items() if name != "versions"}
+    return hashlib.sha256(node_bytes(content)).hexdigest()
+
+
+def read_node(cache: Path, root: Root, name: str) -> dict[str, Any]:
+    """The zarr.json of a node of the root record; raises CacheError when it is not as written."""
+    path = cache / name / "zarr.json"
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CacheError(f"{path} cannot be read: {error.strerror}; {_RESTORE}") from error
+    document = _parsed(path, data)
+    if data != node_bytes(document) or node_digest(document) != root.nodes[name]:
+        raise CacheError(f"{path} was changed after it was written; {_RESTORE}")
+    return document
 
 
 def node_digest(document: Mapping[str, Any]) -> str:
     """SHA-256 of a node's document as written, with an array's length as 0: it grows."""
-    if document.get("node_type") == "array":
-        document = {**document, "shape": [0, *document["shape"][1:]]}
+    shape = document.get("shape")
+    # 10.0 and True equal numbers, but are no lengths
+    if isinstance(shape, list) and shape and type(shape[0]) is int:
+        document = {**document, "shape": [0, *shape[1:]]}
     return hashlib.sha256(node_bytes(document)).hexdigest()
 
 
@@ -88,8 +113,12 @@ def read_root(cache: Path) -> Root:
         )
     _check_signature(path, data, record)
     try:
-        manifest = Manifest.from_json(record)
-        return Root(manifest=manifest, nodes=record["nodes"], array_rows=record["array_rows"])
+        return Root(
+            manifest=Manifest.from_json(record),
+            nodes=record["nodes"],
+            array_rows=record["array_rows"],
+            shards=record["shards"],
+        )
     except KeyError as error:
         raise CacheError(
             f"{cache} was written before format version 1 was settled: its manifest has no "
@@ -102,12 +131,17 @@ class Commit:
     """One shard's commit record: the keys of its rows and what each of its files must be."""
 
     shard: int
+    manifest: str  # digest of the manifest that its rows were written under
     keys: tuple[RowKey, ...]
     objects: Mapping[str, ObjectRecord]  # by array path
 
     def as_json(self) -> dict[str, Any]:
-        objects = {path: dataclasses.asdict(record) for path, record in self.objects.items()}
-        return {"shard": self.shard, "rows": [list(k) for k in self.keys], "objects": objects}
+        return {
+            "shard": self.shard,
+            "manifest": self.manifest,
+            "rows": [list(key) for key in self.keys],
+            "objects": {path: dataclasses.asdict(record) for path, record in self.objects.items()},
+        }
 
     def document(self) -> bytes:
         """The zarr.json of the commit's group."""
@@ -123,25 +157,44 @@ def commit_paths(cache: Path) -> list[Path]:
     """The commit records there are, by shard number."""
     folder = cache / "commits"
     names = sorted(os.listdir(folder)) if folder.is_dir() else []
-    paths = (folder / name / "zarr.json" for name in names if name.isdigit())
+    paths = (folder / name / "zarr.json" for name in names if re.fullmatch("[0-9]+", name))
     return [path for path in paths if path.is_file()]
 
 
-def read_commits(cache: Path) -> list[Commit]:
+def read_commits(cache: Path, manifest: Manifest) -> list[Commit]:
     """All commit records, by shard number; a shard without one does not exist."""
-    return [read_commit(path) for path in commit_paths(cache)]
+    digest = manifest_digest(manifest)
+    return [read_commit(path, digest) for path in commit_paths(cache)]
 
 
-def read_commit(path: Path) -> Commit:
-    """One commit record; raises CacheError when it was altered or lies under another's number."""
+def read_commit(path: Path, manifest: str) -> Commit:
+    """One commit record; raises CacheError when it was altered, or belongs elsewhere.
+
+    `manifest` is the digest of the cache's own.
+    """
     record = _read_signed(path, COMMIT)
-    if f"{record['shard']:06d}" != path.parent.name:
-        raise CacheError(f"{path} holds the commit record of shard {record['shard']}")
-    return Commit(
-        shard=record["shard"],
-        keys=tuple(RowKey(*key) for key in record["rows"]),
-        objects={path: ObjectRecord(**fields) for path, fields in record["objects"].items()},
-    )
+    try:
+        commit = Commit(
+            shard=record["shard"],
+            manifest=record["manifest"],
+            keys=tuple(RowKey(*key) for key in record["rows"]),
+            objects={name: ObjectRecord(**fields) for name, fields in record["objects"].items()},
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CacheError(f"{path} is no commit record of format version 1 ({error!r})") from error
+    if commit_path(Path(), commit.shard).parent.name != path.parent.name:
+        raise CacheError(f"{path} holds the commit record of shard {commit.shard}")
+    if commit.manifest != manifest:
+        raise CacheError(
+            f"{path} is of a cache that was made with other models or settings: two caches were "
+            "copied into one folder; restore the one that this is meant to be"
+        )
+    return commit
+
+
+def lost_shards(root: Root, commits: Iterable[Commit]) -> list[int]:
+    """Numbers of shards that were committed once and have no record now."""
+    return sorted(set(range(root.shards)) - {commit.shard for commit in commits})
 
 
 def group_document(attributes: Mapping[str, Any]) -> bytes:
@@ -184,19 +237,28 @@ def _check_signature(path: Path, data: bytes, record: Mapping[str, Any]) -> None
     unsigned = data.replace(digest, _UNSIGNED.encode(), 1) if digest else data
     if digest != hashlib.sha256(unsigned).hexdigest().encode():
         raise CacheError(
-            f"{path} was changed after it was written (its digest does not match); "
-            "restore it from a backup, or extract this cache again"
+            f"{path} was changed after it was written (its digest does not match); {_RESTORE}"
         )
 
 
 def _attribute(path: Path, data: bytes, attribute: str) -> dict[str, Any]:
     try:
-        record = json.loads(data)["attributes"][attribute]
-    except (ValueError, KeyError, TypeError) as error:
+        record = _parsed(path, data)["attributes"][attribute]
+    except (KeyError, TypeError) as error:
         raise CacheError(f"{path} is damaged or not kdcache's: no {attribute!r} in it") from error
     if not isinstance(record, dict):
         raise CacheError(f"{path} is damaged: {attribute!r} is not an object")
     return record
+
+
+def _parsed(path: Path, data: bytes) -> dict[str, Any]:
+    try:
+        document = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise CacheError(f"{path} is damaged: no JSON; {_RESTORE}") from error
+    if not isinstance(document, dict):
+        raise CacheError(f"{path} is damaged: no JSON object; {_RESTORE}")
+    return document
 
 
 def describe_row(key: RowKey, details: Mapping[str, Any]) -> NDArray[np.uint8]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -11,10 +12,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.cache import codecs
-from kdcache.cache.format import Commit, RowKey, parse_row, read_commits, read_root
+from kdcache.cache.format import (
+    Commit,
+    RowKey,
+    commit_path,
+    lost_shards,
+    parse_row,
+    read_commits,
+    read_root,
+)
 from kdcache.cache.layout import IMAGE, LOGITS, MASK, ROWS, Manifest, TapSpec
 from kdcache.cache.shard import DamagedError, decode_chunk, read_chunk
 from kdcache.errors import CacheError, nearest
+
+log = logging.getLogger(__name__)
 
 
 class Cache:
@@ -28,8 +39,16 @@ class Cache:
         if "://" in str(path):
             raise CacheError(f"{path}: caches at URLs are not supported; copy it to a local folder")
         self.path = Path(path)
-        self.manifest: Manifest = read_root(self.path).manifest
-        commits = read_commits(self.path)
+        root = read_root(self.path)
+        self.manifest: Manifest = root.manifest
+        commits = read_commits(self.path, root.manifest)
+        if lost := lost_shards(root, commits):
+            log.warning(
+                "%s has lost the commit records of shards %s and the rows in them: restore them "
+                "from a backup, or run `kdcache extract` again",
+                path,
+                lost,
+            )
         if shards is not None:
             wanted = set(shards)
             commits = [commit for commit in commits if commit.shard in wanted]
@@ -92,7 +111,7 @@ class Cache:
             raise CacheError(
                 f"{path}: cannot read row {index} ({self.keys[index].sample_id}): {error}; the file "
                 "was damaged or replaced after it was committed: restore it from a backup, or "
-                f"delete {self.path / 'commits' / f'{commit.shard:06d}'} and run extract again"
+                f"delete {commit_path(self.path, commit.shard).parent} and run extract again"
             ) from error
 
     def decode_features(self, index: int, tap: TapSpec) -> NDArray[np.float32]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,10 +23,10 @@ from kdcache.cache.format import (
     RowKey,
     commit_path,
     commit_paths,
-    node_bytes,
-    node_digest,
+    manifest_digest,
     parse_row,
     read_commit,
+    read_node,
     read_root,
     read_skipped,
 )
@@ -96,10 +96,8 @@ def verify(path: Path, *, workers: int = 2, progress: bool = False) -> VerifyRep
         bad = [Problem(path="zarr.json", problem=f"{error}; nothing below it can be checked")]
         return _report(path, [], {}, bad, being_written=False)
     specs = root.manifest.arrays()
-    commits, bad = _check_commits(path, specs)
-    bad += _check_nodes(path, root, commits, being_written)
+    commits, bad = _check_commits(path, root)
     bad += _check_skipped(path)
-    bad += _check_files(path, root, commits, being_written)
     jobs = [(commit, spec) for commit in commits for spec in specs if spec.path in commit.objects]
     sizes = Counter[str]()
     files, bad_files = Counter[str](), Counter[str]()
@@ -120,6 +118,10 @@ def verify(path: Path, *, workers: int = 2, progress: bool = False) -> VerifyRep
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+    # After the shards, which takes long: a writer may have come in the meantime.
+    root, being_written = read_root(path), being_written or _is_being_written(path)
+    bad += _check_nodes(path, root, commits, being_written)
+    bad += _check_files(path, root, commits, being_written)
     parts = {
         name: Part(files=files[name], size_bytes=sizes[name], bad_files=bad_files[name])
         for name in (spec.path for spec in specs)
@@ -158,14 +160,15 @@ def _is_being_written(path: Path) -> bool:
     return False
 
 
-def _check_commits(path: Path, specs: Sequence[ArraySpec]) -> tuple[list[Commit], list[Problem]]:
+def _check_commits(path: Path, root: Root) -> tuple[list[Commit], list[Problem]]:
     commits, bad = [], []
     seen: dict[RowKey, int] = {}
-    arrays = {spec.path for spec in specs}
+    arrays = {spec.path for spec in root.manifest.arrays()}
+    digest = manifest_digest(root.manifest)
     for file in commit_paths(path):
         name = file.relative_to(path).as_posix()
         try:
-            commit = read_commit(file)
+            commit = read_commit(file, digest)
         except (CacheError, OSError) as error:
             bad.append(Problem(path=name, problem=str(error)))
             continue
@@ -178,6 +181,10 @@ def _check_commits(path: Path, specs: Sequence[ArraySpec]) -> tuple[list[Commit]
                 problem = f"row {tuple(key)} is in shard {seen[key]} too"
                 bad.append(Problem(path=name, problem=problem, rows=[key.sample_id]))
             seen[key] = commit.shard
+    records = {int(file.parent.name) for file in commit_paths(path)}
+    for shard in sorted(set(range(root.shards)) - records):
+        problem = "is gone, and with it the rows of its shard; the next extraction computes them"
+        bad.append(Problem(path=commit_path(Path(), shard).as_posix(), problem=problem))
     return commits, bad
 
 
@@ -191,20 +198,14 @@ def _check_nodes(
         problem = f"array_rows is {root.array_rows}, the committed shards reach {needed}"
         yield Problem(path="zarr.json", problem=problem)
     arrays = {spec.path for spec in root.manifest.arrays()}
-    for name, digest in root.nodes.items():
+    for name in root.nodes:
         file = f"{name}/zarr.json"
         try:
-            data = (path / file).read_bytes()
-            document = json.loads(data)
-            same = data == node_bytes(document) and node_digest(document) == digest
-        except OSError as error:
-            yield Problem(path=file, problem=f"cannot be read: {error.strerror}")
+            document = read_node(path, root, name)
+        except CacheError as error:
+            yield Problem(path=file, problem=str(error))
             continue
-        except (ValueError, TypeError, AttributeError, IndexError, KeyError):
-            same = False
-        if not same:
-            yield Problem(path=file, problem="was changed after it was written")
-        elif name in arrays and document["shape"][0] != root.array_rows and not being_written:
+        if name in arrays and document["shape"][0] != root.array_rows and not being_written:
             yield Problem(
                 path=file,
                 problem=f"its length is {document['shape'][0]}, the root record says "
@@ -231,16 +232,17 @@ def _check_files(
     expected |= {f"{name}/zarr.json" for name in root.nodes}
     expected |= {commit_path(Path(), shard).as_posix() for shard in shards}
     expected |= {spec.shard_path(shard) for spec in specs for shard in shards}
-    open_shard = max(shards, default=-1) + 1
-    unfinished = {spec.shard_path(open_shard) for spec in specs} if being_written else set()
-    for folder, subfolders, names in os.walk(path):
+    unreadable: list[OSError] = []
+    for folder, subfolders, names in os.walk(path, onerror=unreadable.append):
         inside = Path(folder).relative_to(path)
+        for name in (*names, *subfolders):
+            if (path / inside / name).is_symlink():
+                problem = "is a link: a copy of the cache would be without what it leads to"
+                yield Problem(path=(inside / name).as_posix(), problem=problem)
         empty = not subfolders and not names
         for name in names or ([""] if empty else []):
             file = (inside / name).as_posix()
-            if file in expected or file in unfinished:
-                continue
-            if being_written and (file.endswith(TEMPORARY_SUFFIX) or file.startswith("commits")):
+            if file in expected or (being_written and _may_be_a_writers(file, commits)):
                 continue
             yield Problem(
                 path=file,
@@ -248,6 +250,16 @@ def _check_files(
                 "next `kdcache extract` removes it), a file whose commit record was lost, or a "
                 "stranger",
             )
+    for error in unreadable:
+        name = Path(str(error.filename)).relative_to(path).as_posix()
+        yield Problem(path=name, problem=f"cannot be read: {error.strerror}")
+
+
+def _may_be_a_writers(file: str, commits: Sequence[Commit]) -> bool:
+    """Whether a writer at work may have made this file since the commit records were read."""
+    committed = {commit.shard for commit in commits}
+    shard = re.match(r"(?:commits/|.*/c\.)([0-9]+)", file)
+    return file.endswith(TEMPORARY_SUFFIX) or bool(shard and int(shard[1]) not in committed)
 
 
 def _check_shard(path: Path, root: Root, commit: Commit, spec: ArraySpec) -> Iterator[Problem]:

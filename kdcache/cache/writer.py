@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import fcntl
 import glob
+import itertools
 import json
 import logging
 import os
@@ -29,9 +30,11 @@ from kdcache.cache.format import (
     RowKey,
     commit_path,
     group_document,
+    manifest_digest,
     node_bytes,
     node_digest,
     read_commits,
+    read_node,
     read_root,
     read_skipped,
     skipped_document,
@@ -55,7 +58,7 @@ class CacheWriter:
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self._path = path
-        self._manifest = manifest
+        self.manifest = manifest
         self._specs = manifest.arrays()
         self._keys: list[RowKey] = []
         self._files: dict[str, ShardFile] = {}
@@ -68,10 +71,10 @@ class CacheWriter:
         try:
             self._root = read_root(path)
             _check_same(path, self._root.manifest, manifest)
-            commits = read_commits(path)
+            commits = read_commits(path, self._root.manifest)
             self.committed: set[RowKey] = {key for commit in commits for key in commit.keys}
-            self._shard = max((commit.shard + 1 for commit in commits), default=0)
-            self._sweep({commit.shard for commit in commits})
+            self._shards = {commit.shard for commit in commits}
+            self._sweep()
             self._lengthen(self._root.array_rows)  # a killed writer may have done it in part
         except BaseException:
             os.close(self._lock)
@@ -90,6 +93,7 @@ class CacheWriter:
             try:
                 if (kind is None or issubclass(kind, KeyboardInterrupt)) and not self._torn:
                     self.commit()
+                    self._declare(shards=self._shard)
             finally:
                 self._torn = True  # whatever still comes from another thread is refused
                 for file in self._files.values():
@@ -119,7 +123,7 @@ class CacheWriter:
             self._files[spec.path].append(spec.transform.forward(arrays[spec.path]))
         self._keys.append(key)
         self._torn = False
-        if len(self._keys) == self._manifest.shard_rows:
+        if len(self._keys) == self.manifest.shard_rows:
             self.commit()
 
     def commit(self) -> None:
@@ -128,24 +132,29 @@ class CacheWriter:
         if not self._keys:
             return
         self._torn = True
-        self._declare_rows((self._shard + 1) * self._manifest.shard_rows)
+        self._declare(rows=(self._shard + 1) * self.manifest.shard_rows)
         objects = {path: file.finish() for path, file in self._files.items()}
         for spec in self._specs:
             fsync(self._path / spec.path)
-        record = Commit(shard=self._shard, keys=tuple(self._keys), objects=objects)
+        record = Commit(
+            shard=self._shard,
+            manifest=manifest_digest(self.manifest),
+            keys=tuple(self._keys),
+            objects=objects,
+        )
         target = commit_path(self._path, self._shard)
         target.parent.mkdir(exist_ok=True)
         write_atomic(target, record.document())
         fsync(target.parent.parent)
         self.committed.update(self._keys)
+        self._shards.add(self._shard)
         self._keys, self._files = [], {}
-        self._shard += 1
         self._torn = False
 
     def expect(self, rows: int) -> None:
         """Declare room for so many further rows at once, instead of growing shard by shard."""
-        shard_rows = self._manifest.shard_rows
-        self._declare_rows((self._shard + -(-rows // shard_rows)) * shard_rows)
+        shard_rows = self.manifest.shard_rows
+        self._declare(rows=(self._shard + -(-rows // shard_rows)) * shard_rows)
 
     def record_skipped(self, reasons: Mapping[str, str]) -> None:
         """Store which images had to be left out and why, in place of the last list."""
@@ -173,35 +182,54 @@ class CacheWriter:
         for spec in self._specs:
             path = self._path / spec.shard_path(self._shard)
             self._files[spec.path] = ShardFile(
-                path, self._manifest.shard_rows, self._manifest.compression
+                path, self.manifest.shard_rows, self.manifest.compression
             )
 
-    def _declare_rows(self, rows: int) -> None:
-        if rows <= self._root.array_rows:
+    @property
+    def _shard(self) -> int:
+        """The number of the open shard: the lowest free one, so that a lost shard is made good."""
+        return next(number for number in itertools.count() if number not in self._shards)
+
+    def _declare(self, rows: int = 0, shards: int = 0) -> None:
+        """Raise the root's array length or number of shards, on disk."""
+        rows, shards = max(rows, self._root.array_rows), max(shards, self._root.shards)
+        if (rows, shards) == (self._root.array_rows, self._root.shards):
             return
         # the root first: a length below the root's is a growth that was cut short, not an edit
-        self._root = dataclasses.replace(self._root, array_rows=rows)
+        self._root = dataclasses.replace(self._root, array_rows=rows, shards=shards)
         write_atomic(self._path / "zarr.json", self._root.document())
         self._lengthen(rows)
 
     def _lengthen(self, rows: int) -> None:
         """Bring every array's zarr.json to the root's length; they never shrink."""
         for spec in self._specs:
-            path = self._path / spec.path / "zarr.json"
-            document = json.loads(path.read_bytes())
+            document = read_node(self._path, self._root, spec.path)
             if document["shape"][0] < rows:
                 document["shape"][0] = rows
-                write_atomic(path, node_bytes(document))
+                write_atomic(self._path / spec.path / "zarr.json", node_bytes(document))
 
-    def _sweep(self, committed: set[int]) -> None:
-        """Remove what a killed writer left: temporary files, and shards without a commit record."""
-        for folder in [self._path, *(self._path / spec.path for spec in self._specs)]:
-            for file in folder.iterdir():
-                shard = file.name.split(".")[1] if file.name.startswith("c.") else ""
-                if file.name.endswith(TEMPORARY_SUFFIX) or (
-                    shard.isdigit() and int(shard) not in committed
-                ):
-                    file.unlink()
+    def _sweep(self) -> None:
+        """Remove what a killed writer left: temporary files, and the shard it had open.
+
+        Raises CacheError when more shards than that have no commit record: those are lost records.
+        """
+        orphans: dict[int, list[Path]] = {}
+        for spec in self._specs:
+            for file in (self._path / spec.path).glob("c.*"):
+                number = file.name.split(".")[1]
+                if number.isdigit() and int(number) not in self._shards:
+                    orphans.setdefault(int(number), []).append(file)
+        if len(orphans) > 1 or not (self._path / "commits").is_dir():
+            raise CacheError(
+                f"{self._path} has files of shards {sorted(orphans)} without a commit record, and an "
+                "interrupted extraction leaves one such shard at most: restore commits/ from a "
+                "backup; or delete those files (c.<shard>.*) to have their rows computed again"
+            )
+        for file in [
+            *self._path.rglob(f"*{TEMPORARY_SUFFIX}"),
+            *itertools.chain(*orphans.values()),
+        ]:
+            file.unlink(missing_ok=True)
         for folder in (self._path / "commits").iterdir():
             if folder.is_dir() and not (folder / "zarr.json").exists():
                 shutil.rmtree(folder)
@@ -215,24 +243,27 @@ def _create(path: Path, manifest: Manifest) -> None:
     documents |= {spec.path: _array_document(spec, manifest) for spec in manifest.arrays()}
     nodes = {name: node_digest(json.loads(text)) for name, text in documents.items()}
     documents["skipped"] = skipped_document({})
-    documents["."] = Root(manifest=manifest, nodes=nodes, array_rows=0).document()
+    documents["."] = Root(manifest=manifest, nodes=nodes, array_rows=0, shards=0).document()
     path.parent.mkdir(parents=True, exist_ok=True)
     _sweep_staging(path)
     staging = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
-    staging.mkdir()
-    lock = _lock(staging)
     try:
-        for name, document in documents.items():
-            (staging / name).mkdir(parents=True, exist_ok=True)
-            write_atomic(staging / name / "zarr.json", document)
-        staging.rename(path)
+        staging.mkdir()
+        lock = _lock(staging)
+        try:
+            for name, document in documents.items():
+                (staging / name).mkdir(parents=True, exist_ok=True)
+                write_atomic(staging / name / "zarr.json", document)
+            staging.rename(path)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+            os.close(lock)
     except OSError as error:
         if path.exists():  # two writers started at once
             raise CacheError(f"{path} was just made by another process; run again") from error
-        raise
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        os.close(lock)
+        raise CacheError(
+            f"cannot create {path}: {error.strerror}; nothing is left of it"
+        ) from error
     fsync(path.parent)
 
 

@@ -39,6 +39,7 @@ from kdcache.precompute.dataset import Dataset, Sample, split_of
 from kdcache.precompute.onnx_session import Device, resolve_device
 from kdcache.precompute.teacher import Teacher
 from kdcache.precompute.yolo import Yolo
+from kdcache.stop import StopRequest
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +123,7 @@ def extract(
         )
         raise DatasetError(f"none of the {len(todo)} images can be used ({reasons})")
     models_ready = time.monotonic()
-    with CacheWriter(out, manifest) as writer:
+    with StopRequest() as stop, CacheWriter(out, manifest) as writer:
         writer.expect(len(todo))
         before = len(writer.committed)
         rows = itertools.chain([first] if first else [], prepared)
@@ -135,7 +136,9 @@ def extract(
             disable=None if progress else True,
         )
         size = batch_size or _DEFAULT_BATCH[place_on]
-        _run(shown, yolo, teacher, writer, manifest, size, tally)
+        _run(shown, yolo, teacher, writer, size, tally, stop)
+        if stop.asked:
+            raise KeyboardInterrupt
         writer.commit()
         writer.record_skipped(tally.skipped)
         total = len(writer.committed)
@@ -290,21 +293,26 @@ def _run(
     yolo: Yolo,
     teacher: Teacher,
     writer: CacheWriter,
-    manifest: Manifest,
     batch_size: int,
     tally: _Tally,
+    stop: StopRequest,
 ) -> None:
-    """Both models over batches of one constant size; rows go to the writer's thread in order."""
+    """Both models over batches of one constant size; rows go to the writer's thread in order.
+
+    When a stop is asked for, the rows of the batch at hand are the last.
+    """
     with ThreadPoolExecutor(1, thread_name_prefix="write") as pool:
         writing: deque[tuple[RowKey, Future[None]]] = deque()
         for batch in _batched(rows, batch_size):
+            if stop.asked:
+                break
             with device_memory("stacking a batch", "lower --batch-size"):
                 images = np.stack([row.image for row in batch])
                 padding = np.repeat(images[-1:], batch_size - len(batch), axis=0)
                 images = np.concatenate([images, padding])
             features, logits = yolo.features(images), teacher.logits(images)
             for row, feature_CHW, logits_HW in zip(batch, features, logits, strict=False):
-                write = pool.submit(_write, writer, manifest, row, feature_CHW, logits_HW)
+                write = pool.submit(_write, writer, row, feature_CHW, logits_HW)
                 writing.append((row.key, write))
             while len(writing) > 2 * batch_size:
                 _finish(*writing.popleft(), tally)
@@ -321,18 +329,17 @@ def _batched(rows: Iterable[Prepared], size: int) -> Iterator[list[Prepared]]:
 
 def _write(
     writer: CacheWriter,
-    manifest: Manifest,
     row: Prepared,
     feature_CHW: codecs.Array,
     logits_HW: codecs.F32,
 ) -> None:
-    (tap,) = manifest.taps
+    (tap,) = writer.manifest.taps
     # on a GPU the features become codes there; the codes come to the host
     encoded = codecs.encode(feature_CHW, tap)
     arrays = {
         IMAGE: row.image,
         MASK: row.mask,
-        LOGITS: codecs.teacher_logits(logits_HW, manifest.logits_dtype),
+        LOGITS: codecs.teacher_logits(logits_HW, writer.manifest.logits_dtype),
         ROWS: describe_row(row.key, row.details),
         **{f"{tap.folder}/{name}": codecs.on_host(array) for name, array in encoded.items()},
     }

@@ -6,7 +6,7 @@ import hashlib
 
 import numpy as np
 
-from kdcache.cache.format import Commit, RowKey, commit_path
+from kdcache.cache.format import Commit, RowKey, commit_path, manifest_digest
 from kdcache.cache.layout import Group, Manifest, TapSpec
 from kdcache.cache.reader import Cache
 from kdcache.cache.shard import ObjectRecord
@@ -37,7 +37,7 @@ def test_64000_committed_rows_take_under_20000_files(tmp_path):
     out = tmp_path / "c"
     with CacheWriter(out, manifest) as writer:
         writer.expect(ROWS)
-    rng = np.random.default_rng(0)
+    rng, digest_of_all = np.random.default_rng(0), manifest_digest(manifest)
     for shard in range(ROWS // config.shard_rows):
         first = shard * config.shard_rows
         names = [f"COCO_train2017_{first + slot:012d}.jpg" for slot in range(config.shard_rows)]
@@ -52,7 +52,7 @@ def test_64000_committed_rows_take_under_20000_files(tmp_path):
         keys = tuple(RowKey("train", name, 0) for name in names)
         commit_path(out, shard).parent.mkdir()
         commit_path(out, shard).write_bytes(
-            Commit(shard=shard, keys=keys, objects=objects).document()
+            Commit(shard=shard, manifest=digest_of_all, keys=keys, objects=objects).document()
         )
     cache = Cache(out)
     assert len(cache) == len(cache.samples) == ROWS

@@ -183,6 +183,78 @@ def test_a_cache_that_is_being_written_is_ok_so_far(tmp_path):
     assert verify(tmp_path / "c").rows == 4
 
 
+def test_commits_lost_with_their_files_are_found_and_made_good(pristine, tmp_path, caplog):
+    for lost in ([1], [4], [0, 1, 2, 3, 4]):
+        path = tmp_path / str(lost)
+        shutil.copytree(pristine / "now", path)
+        for shard in lost:
+            shutil.rmtree(path / f"commits/{shard:06d}")
+            for file in path.rglob(f"c.{shard}.*"):
+                file.unlink()
+        problems = verify(path).bad
+        assert [p.path for p in problems] == [f"commits/{n:06d}/zarr.json" for n in lost]
+        caplog.clear()
+        kept = Cache(path)
+        assert f"has lost the commit records of shards {lost}" in caplog.text
+        assert_reads_are_right_or_raise(path)
+        with CacheWriter(path, MANIFEST) as writer:
+            for number in range(ROWS):
+                key, arrays = make_row(number)
+                if key not in kept.keys:
+                    writer.append(key, arrays)
+        assert verify(path).ok
+        assert sorted(Cache(path).keys) == sorted(Cache(pristine / "now").keys)
+
+
+def test_two_caches_copied_into_one_folder(pristine, tmp_path):
+    """As `rsync` does without --delete: the root of one, shards of both."""
+    other = dataclasses.replace(MANIFEST, fingerprint={**MANIFEST.fingerprint, "size": "64"})
+    with CacheWriter(tmp_path / "other", other) as writer:
+        writer.expect(ROWS)
+        for number in range(4):
+            writer.append(*make_row(number))
+    shutil.copytree(pristine / "now", tmp_path / "c")
+    shutil.copytree(tmp_path / "other", tmp_path / "c", dirs_exist_ok=True)
+    report = verify(tmp_path / "c")
+    assert {p.path for p in report.bad if "made with other models or settings" in p.problem} == {
+        f"commits/{n:06d}/zarr.json" for n in (2, 3, 4)
+    }
+    with pytest.raises(CacheError, match="two caches were copied into one folder"):
+        Cache(tmp_path / "c")
+    with pytest.raises(CacheError, match="two caches were copied into one folder"):
+        CacheWriter(tmp_path / "c", other)
+
+
+@pytest.mark.parametrize("content", ["{}", "xx{", "[1]", "[" * 100_000, '{"shape": []}', None])
+@pytest.mark.parametrize("node", ["mask", "commits", "features", ".", "skipped", "commits/000001"])
+def test_unreadable_node_is_a_problem_and_one_clear_error(pristine, tmp_path, node, content):
+    shutil.copytree(pristine / "now", tmp_path / "c")
+    path = tmp_path / "c" / node / "zarr.json"
+    path.unlink() if content is None else path.write_text(content)
+    if (node, content) != (".", None):
+        assert not verify(tmp_path / "c", workers=1).ok
+    if node in ("mask", ".") or (node == "commits/000001" and content):
+        with pytest.raises(CacheError, match="zarr.json"):
+            CacheWriter(tmp_path / "c", MANIFEST)
+
+
+@pytest.mark.parametrize(
+    ("plant", "path"),
+    [
+        (lambda c: (c / "mask/d").symlink_to("/tmp"), "mask/d"),
+        (lambda c: (c / "commits/00000²").mkdir(), "commits/00000²"),
+        (lambda c: (c / "mask/zarr.json").write_text(
+            (c / "mask/zarr.json").read_text().replace("  15,", "  15.0,", 1)), "mask/zarr.json"),
+        (lambda c: (c / "mask").rename(c.parent / "m") and (c / "mask").symlink_to(c.parent / "m"),
+         "mask"),
+    ],
+)  # fmt: skip
+def test_strangers_and_links_are_found(pristine, tmp_path, plant, path):
+    shutil.copytree(pristine / "now", tmp_path / "c")
+    plant(tmp_path / "c")
+    assert path in {problem.path for problem in verify(tmp_path / "c").bad}
+
+
 def test_growth_that_was_cut_short_is_told_and_mended(pristine, tmp_path):
     shutil.copytree(pristine / "now", tmp_path / "c")
     path = tmp_path / "c/mask/zarr.json"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import multiprocessing
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from conftest import MANIFEST, make_row
 
 from kdcache.cache.format import read_skipped
 from kdcache.cache.reader import Cache
+from kdcache.cache.verify import verify
 from kdcache.cache.writer import CacheWriter
 from kdcache.errors import CacheError, FingerprintError
 
@@ -172,6 +174,32 @@ def test_lost_list_of_skipped_images_is_written_again(tmp_path, damage):
     with CacheWriter(tmp_path / "c", MANIFEST) as writer:
         writer.record_skipped({})
     assert read_skipped(tmp_path / "c") == {}
+
+
+@pytest.mark.parametrize("lose", ["folder", "records"])
+def test_lost_commit_records_do_not_cost_the_shards(tmp_path, lose):
+    write(tmp_path / "c", range(7))
+    commits = tmp_path / "c/commits"
+    commits.rename(tmp_path / "saved")
+    if lose == "records":
+        commits.mkdir()
+        shutil.copy(tmp_path / "saved/zarr.json", commits)
+    for _ in range(2):
+        with pytest.raises(CacheError, match=r"\[0, 1, 2\] without a commit record.*from a backup"):
+            CacheWriter(tmp_path / "c", MANIFEST)
+    shutil.rmtree(commits, ignore_errors=True)
+    (tmp_path / "saved").rename(commits)
+    write(tmp_path / "c", range(7, 8))
+    assert_holds(tmp_path / "c", range(8))
+
+
+@pytest.mark.parametrize("place", [".", "skipped", "commits", "features", "commits/000001", "mask"])
+def test_temporary_files_anywhere_are_swept(tmp_path, place):
+    write(tmp_path / "c", range(6))
+    (tmp_path / "c" / place / "zarr.json.kdtmp").write_text("x")
+    assert not verify(tmp_path / "c").ok
+    write(tmp_path / "c", range(6, 7))
+    assert verify(tmp_path / "c").ok
 
 
 def test_folder_that_is_no_cache_is_left_alone(tmp_path):

@@ -137,7 +137,7 @@ def moments(in_ci: int) -> Any:
 
 
 @moments(5)
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_extraction_stopped_at_random_moments_resumes_to_the_same_cache(
     data, undisturbed, tmp_path, number, count
 ):
@@ -151,7 +151,7 @@ def test_extraction_stopped_at_random_moments_resumes_to_the_same_cache(
         time.sleep(rng.uniform(0, seconds))
         if extraction.stop(number) == 0:
             continue
-        assert extraction.wait() == {signal.SIGKILL: -signal.SIGKILL, signal.SIGINT: 1}[number]
+        assert extraction.wait() == (-signal.SIGKILL if number == signal.SIGKILL else 1)
         assert "Traceback" not in extraction.said, extraction.said
         found.append(commits(out))
         assert_resumes(data, out, log, whole)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -118,6 +119,22 @@ def test_other_or_missing_model_is_refused_before_anything_is_read(cache, tmp_pa
         recheck(verify(cache.path), yolo=tmp_path / "other.onnx")
     with pytest.raises(ModelError, match="no such model"):
         recheck(verify(cache.path), yolo=tmp_path / "none.onnx")
+
+
+def test_empty_cache_agrees_with_nothing(cache, standins, tmp_path):
+    with CacheWriter(tmp_path / "c", cache.manifest):
+        pass
+    result = command(tmp_path / "c", "--teacher", standins.teacher)
+    assert result.exit_code == 0
+    assert "the models were not run: the cache is empty" in result.stderr
+    assert "models agree" not in result.stdout
+
+
+def test_damaged_root_record_is_in_the_report(cache, standins, tmp_path):
+    shutil.copytree(cache.path, tmp_path / "c")
+    (tmp_path / "c/zarr.json").write_text("{}")
+    result = command(tmp_path / "c", "--teacher", standins.teacher, "--json")
+    assert (result.exit_code, json.loads(result.stdout)["ok"]) == (1, False)
 
 
 def test_models_are_not_run_on_a_damaged_cache(cache, standins, tmp_path):
