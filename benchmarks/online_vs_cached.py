@@ -52,8 +52,10 @@ from kdcache.precompute.teacher import Teacher
 from kdcache.precompute.yolo import Yolo
 from kdcache.standins import TAP, _save, _tensor, save_scenes
 from kdcache.train import Batch, batches
-from kdcache.train.loop import _build, _step
-from kdcache.train.student import _unet, normalised
+from kdcache.train.parallel import Processes
+from kdcache.train.run_folder import State
+from kdcache.train.step import Trainee, build_optimizer, take_step
+from kdcache.train.student import Projection, _unet, build_student, normalised
 
 DETECTOR, TEACHER = "detector.onnx", "teacher.ckpt"
 SCENE_SIZE_PX = (480, 640)  # (height, width): COCO's usual, unlike the input, so it is resized
@@ -202,11 +204,20 @@ def measure(
     with mock.patch("kdcache.precompute.extract._load_models", return_value=(yolo, teacher)):
         extraction = extract(settings, dataset, folder / "cache.zarr", device="cpu")
     cache = Cache(folder / "cache.zarr")
-    state = _build(config, cache, cache.tap(TAP), "cpu")
-    state.student.train()
+    torch.manual_seed(config.seed)
+    student = build_student(config.student_encoder, "random")
+    channels = cache.tap(TAP).shape[0]
+    projection = Projection(student.tap_channels, config.projection_hidden_dim, channels)
+    state = State(
+        student=student,
+        projection=projection,
+        optimizer=build_optimizer(student, projection, config),
+        scaler=torch.amp.GradScaler("cpu", enabled=False),
+    )
+    model = Trainee(student, projection).train()
 
     def step(batch: Batch) -> None:
-        _step(state, batch, config, config.temperature, "benchmark")
+        take_step(model, state, [batch], config, config.temperature, Processes())
 
     def source(kind: str, clock: _Clock) -> Iterator[Batch]:
         if kind == "online":

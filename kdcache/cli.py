@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -61,12 +62,17 @@ def main() -> None:
 
 
 def _log_to_stderr() -> None:
-    """Warnings always, the course of things only for a person who watches."""
+    """The course of things: a few lines, as good in a batch job's log as on a terminal."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("kdcache")
     logger.handlers[:] = [handler]
-    logger.setLevel(logging.INFO if sys.stderr.isatty() else logging.WARNING)
+    logger.setLevel(logging.INFO if _leads() else logging.ERROR)
+
+
+def _leads() -> bool:
+    """Whether this is the process that speaks, of those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _option(*names: str, **attributes: Any) -> Callable[[Command], Command]:
@@ -132,6 +138,7 @@ def demo_command(out: Path, as_json: bool) -> None:
 @_option("--images", type=_path, required=True, help="Folder of images.")
 @_option("--masks", type=_path, help="Folder of masks, paired by stem.")
 @_option("--coco", type=_path, help="COCO instances JSON.")
+@_option("--unlabelled", is_flag=True, help="There are no masks: distil from the models alone.")
 @_option("--all-images", is_flag=True, help="COCO: also images without a person.")
 @_option("--yolo", "yolo_onnx_path", type=_path, help="The frozen detector, an ONNX file.")
 @_option(
@@ -175,6 +182,7 @@ def extract(
     images: Path,
     masks: Path | None,
     coco: Path | None,
+    unlabelled: bool,
     all_images: bool,
     out: Path,
     split: str,
@@ -194,18 +202,19 @@ def extract(
     """
     from kdcache.config import ExtractConfig, load
 
-    if (masks is None) == (coco is None):
-        raise click.UsageError("give --masks DIR or --coco FILE, one of them")
+    if sum((masks is not None, coco is not None, unlabelled)) != 1:
+        raise click.UsageError("give --masks DIR, --coco FILE or --unlabelled, one of them")
     settings = load(ExtractConfig, config, assignments, flags)
     from kdcache.precompute import dataset
     from kdcache.precompute import extract as engine
     from kdcache.report import extract_text
 
-    data = (
-        dataset.coco_dataset(images, coco, all_images)
-        if coco is not None
-        else dataset.folder_dataset(images, masks or Path())
-    )
+    if coco is not None:
+        data = dataset.coco_dataset(images, coco, all_images)
+    elif masks is not None:
+        data = dataset.folder_dataset(images, masks)
+    else:
+        data = dataset.unlabelled_dataset(images)
     report = engine.extract(
         settings,
         data,
@@ -323,6 +332,9 @@ def verify(
 @_cache_argument
 @_option("--out", type=_path, required=True, help="Run folder to write.")
 @_option("--resume", is_flag=True, help="Go on with the run in --out, with its settings.")
+@_option("--extend", is_flag=True, help="With --resume: to more --epochs than it had.")
+@_option("--init-from", type=_path, metavar="RUN", help="Begin with the best student of a run.")
+@_option("--print-config", is_flag=True, help="Print the settings as TOML, and do nothing.")
 @_option("--epochs", type=int, help="Passes over the training rows (50).")
 @_option("--batch-size", type=int, help="Rows a step (4).")
 @_option("--feature-weight", type=float, help="Weight of the feature loss (0.5).")
@@ -337,23 +349,46 @@ def train(
     cache: Path,
     out: Path,
     resume: bool,
+    extend: bool,
+    init_from: Path | None,
+    print_config: bool,
     device: str,
     config: str | None,
     assignments: tuple[str, ...],
     as_json: bool,
     **flags: Any,
 ) -> None:
-    """Train a student from a cache; neither frozen model is needed."""
+    """Train a student from a cache; neither frozen model is needed.
+
+    On several GPUs: `torchrun --nproc-per-node=4 -m kdcache train …`; --batch-size is of each.
+    """
+    if extend and not resume:
+        raise click.UsageError("--extend goes with --resume")
+    if resume and init_from is not None:
+        raise click.UsageError("--init-from begins a run; --resume goes on with one")
     from kdcache.config import TrainConfig, load
     from kdcache.report import train_text
 
     if resume and config is None and (out / "config.toml").exists():
         config = str(out / "config.toml")
     settings = load(TrainConfig, config, assignments, flags)
+    if print_config:
+        click.echo(settings.to_toml(), nl=False)
+        return
     from kdcache.train import loop
 
-    report = loop.train(cache, out, settings, device=device, resume=resume, progress=True)
-    _print(report, as_json, train_text)
+    report = loop.train(
+        cache,
+        out,
+        settings,
+        device=device,
+        resume=resume,
+        extend=extend,
+        init_from=init_from,
+        progress=True,
+    )
+    if _leads():
+        _print(report, as_json, train_text)
 
 
 @main.command(epilog=_example("kdcache evaluate runs/first coco.zarr"))

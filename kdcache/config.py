@@ -7,6 +7,7 @@ stage knows is refused with the nearest known name.
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,10 @@ SIZE_MULTIPLE_PX = 32
 Precision = Literal["float32", "float16", "int8", "int6", "int5", "int4"]
 Compression = Literal["zstd", "lz4", "none"]
 YoloInput = Literal["rgb01", "bgr01", "rgb255", "bgr255"]
+StudentTap = Literal["encoder", "decoder"]
+
+# smp's encoders give a feature at each of the strides 2 to 32.
+ENCODER_LEVELS = 5
 
 
 class _Settings(BaseModel):
@@ -82,8 +87,20 @@ class TrainConfig(_Settings):
     encoder_weights: str = Field(
         "imagenet", description="a weights file, `imagenet` (hub) or `random`"
     )
+    student_tap: StudentTap = Field(
+        "encoder", description="where the projection starts: encoder feature 3 or decoder block 1"
+    )
+    train_encoder: str = Field(
+        "none", description="none, last:N (of the encoder's five levels) or all"
+    )
+    encoder_lr_factor: float = Field(
+        0.1, gt=0, description="learning rate of the trained encoder levels, over that of the rest"
+    )
     projection_hidden_dim: int = Field(
         768, ge=1, le=65536, description="channels inside the projection"
+    )
+    standardise_features: bool = Field(
+        False, description="bring each channel of the feature target to mean 0 and deviation 1"
     )
     epochs: int = Field(50, ge=1)
     batch_size: int = Field(4, ge=1, description="rows a step")
@@ -95,7 +112,17 @@ class TrainConfig(_Settings):
     grad_clip: float = Field(
         0.5, ge=0, description="norm limit, student and projection apart; 0 = off"
     )
+    gradient_accumulation: int = Field(1, ge=1, description="batches whose gradients make one step")
+    warmup_steps: int = Field(
+        0, ge=0, description="steps in which the learning rate rises to its own"
+    )
     mixed_precision: bool = Field(False, description="autocast the networks; losses stay float32")
+    half_precision: Literal["auto", "bfloat16", "float16"] = Field(
+        "auto", description="of mixed_precision; auto is bfloat16 where the device has it"
+    )
+    deterministic: bool = Field(
+        False, description="only kernels that give the same bits every time, also on a GPU"
+    )
     temperature: float = Field(3.0, gt=0, description="T, or T at the first epoch")
     temperature_schedule: Literal["none", "linear", "cosine", "exponential"] = "none"
     final_temperature: float = Field(1.0, gt=0, description="T at the last epoch of a schedule")
@@ -107,6 +134,20 @@ class TrainConfig(_Settings):
     feature_weight: float = Field(0.5, ge=0)
     feature_loss: Literal["mse", "cosine"] = "mse"
     seed: int = Field(0, ge=0, lt=2**63)
+
+    @field_validator("train_encoder")
+    @classmethod
+    def _train_encoder_is_known(cls, value: str) -> str:
+        if not re.fullmatch(f"none|all|last:[1-{ENCODER_LEVELS}]", value):
+            raise ValueError(f"expected none, last:1 to last:{ENCODER_LEVELS}, or all")
+        return value
+
+    @property
+    def trained_levels(self) -> int:
+        """How many of the encoder's last levels are trained."""
+        if self.train_encoder in ("none", "all"):
+            return ENCODER_LEVELS if self.train_encoder == "all" else 0
+        return int(self.train_encoder.removeprefix("last:"))
 
     @property
     def last_temperature(self) -> float:

@@ -12,6 +12,7 @@ import torch
 import kdcache
 from kdcache.cache.info import describe
 from kdcache.config import ExtractConfig, TrainConfig
+from kdcache.drawing import save
 from kdcache.errors import KdcacheError
 from kdcache.precompute.dataset import folder_dataset
 from kdcache.precompute.extract import ExtractReport, extract
@@ -19,7 +20,7 @@ from kdcache.standins import save_detector, save_scenes, save_teacher
 from kdcache.train.evaluate import evaluate, score
 from kdcache.train.export import ExportReport, export
 from kdcache.train.loop import TrainReport, train
-from kdcache.train.overlay import save_overlay
+from kdcache.train.overlay import overlay, shown_rows
 from kdcache.train.run_folder import read_best_student
 from kdcache.train.student import build_student
 
@@ -86,8 +87,9 @@ def demo(folder: Path, progress: bool = False) -> DemoReport:
     run = folder / "run"
     training = train(folder / "cache.zarr", run, TRAINING, device="cpu", progress=progress)
     exported = export(run, folder / "student.onnx")
-    overlay = folder / "overlay.jpg"
-    save_overlay(overlay, read_best_student(run)[0], cache, val_rows, "cpu")
+    picture = folder / "overlay.jpg"
+    shown = overlay(read_best_student(run)[0], cache, shown_rows(val_rows), "cpu")
+    save(picture, shown, "JPEG")
     return DemoReport(
         folder=folder,
         extraction=extraction,
@@ -96,5 +98,5 @@ def demo(folder: Path, progress: bool = False) -> DemoReport:
         untrained=untrained,
         trained=evaluate(run, cache, device="cpu"),
         exported=exported,
-        overlay=overlay,
+        overlay=picture,
     )

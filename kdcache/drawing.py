@@ -15,6 +15,7 @@ U8 = NDArray[np.uint8]
 
 _OUTSIDE = 0.3  # brightness of what is not a person, so that any colour of clothes stands out
 _IGNORED_TINT = np.array([240, 180, 20], np.float32)
+_ONLY_OURS, _ONLY_THEIRS = (230, 60, 40), (60, 130, 250)
 _CELL_PX = 240
 _GAP_PX = 2
 _LINE_PX = 18  # height of a line of text
@@ -33,6 +34,14 @@ def masked(image: U8, mask: U8) -> U8:
     ignored = mask == IGNORE
     picture[ignored] = 0.5 * picture[ignored] + 0.5 * _IGNORED_TINT
     return picture.astype(np.uint8)
+
+
+def compared(image: U8, ours: NDArray[np.bool_], theirs: NDArray[np.bool_]) -> U8:
+    """The dark photo, red where only `ours` (H, W) says person, blue where only `theirs` does."""
+    picture = lit(image, np.zeros(ours.shape))
+    picture[ours & ~theirs] = _ONLY_OURS
+    picture[theirs & ~ours] = _ONLY_THEIRS
+    return picture
 
 
 def sheet(titles: Sequence[str], rows: Sequence[Sequence[U8]], captions: Sequence[str]) -> U8:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from kdcache.tables import table
+
 if TYPE_CHECKING:
     from kdcache.cache.verify import VerifyReport
     from kdcache.demo import DemoReport
@@ -52,10 +54,10 @@ def info_text(info: Mapping[str, Any]) -> str:
     ]
     parts = {name: stored[name] for name in ("image", "mask", "teacher_logits")}
     parts |= {f"features {tap}": size for tap, size in stored["features"].items()}
-    table = [("part", "bytes", "a row")]
-    table += [(name, megabytes(size), megabytes(size / rows)) for name, size in parts.items()]
-    table.append(("total", megabytes(stored["total"]), megabytes(stored["total"] / rows)))
-    lines += [_table(table), ""]
+    sizes = [("part", "bytes", "a row")]
+    sizes += [(name, megabytes(size), megabytes(size / rows)) for name, size in parts.items()]
+    sizes.append(("total", megabytes(stored["total"]), megabytes(stored["total"] / rows)))
+    lines += [table(sizes), ""]
     for tap, ratio in info["features_ratio_vs_float32"].items():
         facts = info["taps"][tap]
         channels, height, width = facts["shape"]
@@ -76,12 +78,12 @@ def info_text(info: Mapping[str, Any]) -> str:
 
 def verify_text(report: VerifyReport) -> str:
     """What was read of each array, each problem with the rows it spoils, and the verdict."""
-    table = [("part", "files", "bytes", "bad files")]
-    table += [
+    parts = [("part", "files", "bytes", "bad files")]
+    parts += [
         (name, str(part.files), megabytes(part.size_bytes), str(part.bad_files))
         for name, part in report.parts.items()
     ]
-    lines = [_table(table), ""] if report.parts else []
+    lines = [table(parts), ""] if report.parts else []
     if report.models:
         agreement = [
             ("against the models", "rows", "bad", "largest error", "of allowed", "rel. MSE")
@@ -97,7 +99,7 @@ def verify_text(report: VerifyReport) -> str:
             )
             for name, part in report.models.items()
         ]
-        lines += [_table(agreement), ""]
+        lines += [table(agreement), ""]
     for problem in report.bad[:_SKIPPED_SHOWN]:
         rows = ", ".join(problem.rows[:3]) + (" …" if len(problem.rows) > 3 else "")
         lines.append(f"{problem.path}: {problem.problem}" + (f" (rows {rows})" if rows else ""))
@@ -121,7 +123,7 @@ def train_text(report: TrainReport) -> str:
     ]
     if report.metrics.get("val_student_miou") is not None:
         lines.append(_scores({k.removeprefix("val_"): v for k, v in report.metrics.items()}))
-    lines.append(f"picture: {report.run}/visualizations/last.jpg")
+    lines.append(f"picture: {report.picture}; curves: tensorboard --logdir {report.run}/logs")
     return "\n".join(lines)
 
 
@@ -170,7 +172,7 @@ def demo_text(report: DemoReport) -> str:
             "export   " + export_text(report.exported),
             f"picture  {report.overlay}",
             "",
-            _table(comparison),
+            table(comparison),
             "",
             "With your own models and data:",
             "  kdcache extract --images DIR --coco FILE --val-fraction 0.1 --yolo FILE.onnx "
@@ -214,22 +216,10 @@ _SCORE_NAMES = {
 
 
 def _scores(scores: Mapping[str, Any]) -> str:
-    return _table(
+    return table(
         [
             (label, f"{scores[name]:.4f}")
             for name, label in _SCORE_NAMES.items()
             if scores.get(name) is not None
         ]
-    )
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    """Columns padded to their widest cell; the first flush left, the others flush right."""
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
     )

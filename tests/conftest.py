@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -145,3 +146,11 @@ def make_row(
         ROWS: describe_row(key, {"source_bytes": number}),
         **{f"{tap.folder}/{name}": array for name, array in encoded.items()},
     }
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A port that nothing listened on a moment ago."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])

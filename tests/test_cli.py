@@ -219,3 +219,31 @@ def test_commands_in_the_readme_exist_with_their_options():
         assert set(re.findall(r"--[\w-]+", rest)) <= known, name
     for setting in set(re.findall(r"--set (\w+)=", text)) - {"key"}:
         assert setting in TrainConfig.model_fields | ExtractConfig.model_fields
+
+
+def test_print_config_is_a_file_that_config_reads_back(cache, tmp_path):
+    name = "rgb_unet_yolo_feature_distillation_b0_from_b3"
+    arguments = ("train", cache.path, "--out", tmp_path / "run", "--config", name, "--epochs", 7)
+    result = run(*arguments, "--set", "student_tap=decoder", "--print-config")
+    assert result.exit_code == 0
+    (tmp_path / "mine.toml").write_text(result.stdout)
+    again = run(*arguments[:4], "--config", tmp_path / "mine.toml", "--print-config")
+    assert again.stdout == result.stdout
+    assert TrainConfig(epochs=7, student_tap="decoder").to_toml() == result.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_flags_that_exclude_each_other_are_wrong_usage(cache, standins, tmp_path):
+    train = ("train", cache.path, "--out", tmp_path / "run")
+    assert run(*train, "--extend").exit_code == 2
+    assert run(*train, "--resume", "--init-from", tmp_path).exit_code == 2
+    both = ("extract", "--images", standins.images, "--out", tmp_path / "c", "--unlabelled")
+    assert run(*both, "--masks", standins.masks).exit_code == 2
+
+
+def test_unlabelled_images_are_extracted(standins, tmp_path):
+    arguments = [a for a in extract_arguments(standins, tmp_path / "c") if a != standins.masks]
+    arguments[arguments.index("--masks")] = "--unlabelled"
+    result = run(*arguments, "--limit", 2)
+    assert result.exit_code == 0, result.output
+    assert "2 rows, 2 added" in result.stdout

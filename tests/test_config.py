@@ -86,3 +86,16 @@ def test_every_path_survives_the_run_folder(tmp_path, text):
 def test_numbers_that_training_cannot_use_are_refused(assignment):
     with pytest.raises(ConfigError, match=assignment.split("=")[0]):
         load(TrainConfig, assignments=[assignment])
+
+
+@pytest.mark.parametrize(
+    ("value", "levels"), [("none", 0), ("last:1", 1), ("last:5", 5), ("all", 5)]
+)
+def test_trained_levels_of_the_encoder(value, levels):
+    assert TrainConfig(train_encoder=value).trained_levels == levels
+
+
+@pytest.mark.parametrize("value", ["last", "last:0", "last:6", "first:1", ""])
+def test_unknown_train_encoder_is_refused(value):
+    with pytest.raises(ConfigError, match="last:1 to last:5"):
+        load(TrainConfig, assignments=[f"train_encoder={value}"])

@@ -18,7 +18,7 @@ ALLOWED = {
     "precompute": {"precompute", "cache"},
     "train": {"train", "cache"},
 }
-FOUNDATION = {"errors", "config", "imaging", "durable", "drawing", "stop"}
+FOUNDATION = {"errors", "config", "imaging", "durable", "drawing", "stop", "tables"}
 
 
 def imports(path: Path, top_level_only: bool = False) -> set[str]:

@@ -134,6 +134,7 @@ class Commit:
     manifest: str  # digest of the manifest that its rows were written under
     keys: tuple[RowKey, ...]
     objects: Mapping[str, ObjectRecord]  # by array path
+    sha256: str = ""  # of the record, once it is on disk
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -179,6 +180,7 @@ def read_commit(path: Path, manifest: str) -> Commit:
             manifest=record["manifest"],
             keys=tuple(RowKey(*key) for key in record["rows"]),
             objects={name: ObjectRecord(**fields) for name, fields in record["objects"].items()},
+            sha256=record["sha256"],
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise CacheError(f"{path} is no commit record of format version 1 ({error!r})") from error

@@ -1,4 +1,4 @@
-"""Which images and masks a dataset holds: an image folder with a mask folder, or COCO instances JSON."""
+"""Which images and masks a dataset holds: a folder with or without masks, or COCO instances JSON."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CATEGORY = "person"
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One image and where its mask comes from: a file, or COCO annotations."""
+    """One image and where its mask comes from: a file, COCO annotations, or nowhere."""
 
     sample_id: str
     image_path: Path
@@ -30,13 +30,16 @@ class Sample:
     annotations: tuple[Mapping[str, Any], ...] = ()
     # (height, width) that COCO states for the image; polygons live in that frame
     annotated_size_px: tuple[int, int] | None = None
+    labelled: bool = True
 
     def mask(self, height: int, width: int) -> U8:
-        """The (height, width) mask of the decoded image: 0, 1 (person), 255 (crowd).
+        """The (height, width) mask of the decoded image: 0, 1 (person), 255 (crowd, or no label).
 
         Raises SampleError when the mask is for an image of another size: scaling it in silence
         would hide a wrong pairing or an EXIF rotation that the mask does not know of.
         """
+        if not self.labelled:
+            return np.full((height, width), IGNORE, np.uint8)
         mask = None if self.mask_path is None else decode_mask(self.mask_path.read_bytes())
         size = self.annotated_size_px if mask is None else mask.shape
         if size != (height, width):
@@ -81,6 +84,19 @@ def folder_dataset(images: Path, masks: Path) -> Dataset:
         for stem, path in sorted(image_files.items())
     ]
     return Dataset(samples=samples)
+
+
+def unlabelled_dataset(images: Path) -> Dataset:
+    """Every image of a folder and its subfolders, without masks.
+
+    Raises DatasetError when there is none, or two share a stem.
+    """
+    return Dataset(
+        samples=[
+            Sample(sample_id=path.relative_to(images).as_posix(), image_path=path, labelled=False)
+            for path in _by_stem(images, "--images").values()
+        ]
+    )
 
 
 def coco_dataset(images: Path, annotations: Path, all_images: bool = False) -> Dataset:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kdcache.cache.reader import Cache
 from kdcache.config import TrainConfig
 from kdcache.errors import RunError, device_memory
 from kdcache.train import losses
-from kdcache.train.loader import read_batches
+from kdcache.train.loader import chunked, read_batches
 from kdcache.train.metrics import Segmentation, agreement
 from kdcache.train.run_folder import (
     check_cache,
@@ -23,7 +24,7 @@ from kdcache.train.run_folder import (
     read_config,
     read_record,
 )
-from kdcache.train.student import Student, resolve_device
+from kdcache.train.student import Projection, Student, resolve_device
 
 # What moves the cached numbers a little without changing what they mean.
 _HARMLESS_CHANGES = ("precision", "execution_provider")
@@ -32,9 +33,9 @@ _HARMLESS_CHANGES = ("precision", "execution_provider")
 @torch.no_grad()
 def score(
     student: Student,
-    projection: nn.Module | None,
+    projection: Projection | None,
     cache: Cache,
-    rows: list[int],
+    rows: Sequence[int],
     config: TrainConfig,
     *,
     tap: str | None,
@@ -53,7 +54,7 @@ def score(
     of_student, of_teacher = Segmentation(), Segmentation()
     values: dict[str, list[float]] = defaultdict(list)
     equal = pixels = 0
-    for batch in read_batches(cache, rows, config.batch_size, device, taps):
+    for batch in read_batches(cache, chunked(rows, config.batch_size), device, taps):
         output = student(batch.image)
         logits = output.logits.float()
         projected = None if projection is None else projection(output.feature)
@@ -65,9 +66,9 @@ def score(
             equal, pixels = equal + same, pixels + seen
             for name, value in _losses(ours, theirs, mask, config, temperature).items():
                 values[name].append(value)
-            if projected is not None and tap is not None:
+            if projection is not None and projected is not None and tap is not None:
                 feature_loss = losses.FEATURE_LOSSES[config.feature_loss]
-                target = batch.features[tap][n : n + 1]
+                target = projection.standardised(batch.features[tap][n : n + 1])
                 values["feature_loss"].append(float(feature_loss(projected[n : n + 1], target)))
     means = {name: math.fsum(values[name]) / len(values[name]) for name in values}
     return {
@@ -88,7 +89,7 @@ def evaluate(run: Path, cache: Cache, split: str = "val", device: str = "auto") 
     config, on = read_config(run), resolve_device(device)
     record = read_record(run)
     check_cache(run, record, cache, _HARMLESS_CHANGES)
-    student, _ = read_best_student(run)
+    student, _ = read_best_student(run, with_tap=True)
     rows = cache.rows_of(split)
     if not rows:
         splits = ", ".join(sorted({key.split for key in cache.keys})) or "none"

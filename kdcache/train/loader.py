@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -51,26 +51,33 @@ def batches(
     """
     rows = cache.rows_of(split)
     if shuffle:
-        rows = [rows[i] for i in np.random.default_rng([seed, epoch]).permutation(len(rows))]
-    return read_batches(
-        cache, rows, batch_size, device, cache.taps if taps is None else taps, workers
-    )
+        rows = shuffled(rows, seed, epoch)
+    chosen = cache.taps if taps is None else taps
+    return read_batches(cache, chunked(rows, batch_size), device, chosen, workers)
+
+
+def shuffled(rows: Sequence[int], seed: int, epoch: int) -> list[int]:
+    """The rows in the order of an epoch, which (seed, epoch) decides."""
+    return [rows[i] for i in np.random.default_rng([seed, epoch]).permutation(len(rows))]
+
+
+def chunked(rows: Sequence[int], size: int) -> list[Sequence[int]]:
+    """Consecutive pieces of `size` rows; the last may be smaller."""
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
 def read_batches(
     cache: Cache,
-    rows: Sequence[int],
-    batch_size: int,
+    groups: Iterable[Sequence[int]],
     device: str | torch.device,
     taps: Sequence[str],
     workers: int = 2,
 ) -> Iterator[Batch]:
-    """The given rows in the given order."""
+    """One batch for each group of row numbers, in order."""
     waiting: deque[tuple[Sequence[int], list[Future[_Parts]]]] = deque()
     pool = ThreadPoolExecutor(workers, thread_name_prefix="loader")
     try:
-        for start in range(0, len(rows), batch_size):
-            chosen = rows[start : start + batch_size]
+        for chosen in groups:
             waiting.append((chosen, [pool.submit(_read_row, cache, row, taps) for row in chosen]))
             if len(waiting) > _AHEAD:
                 yield _collate(cache, *waiting.popleft(), device)

@@ -1,33 +1,56 @@
-"""Training from a cache, top to bottom: student and projection, five losses, resumable by epoch."""
+"""Training from a cache, top to bottom: student and projection, five losses, resumable at any step."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
-from kdcache.cache.format import RowKey
 from kdcache.cache.layout import TapSpec
 from kdcache.cache.reader import Cache
 from kdcache.config import TrainConfig
+from kdcache.drawing import save
 from kdcache.errors import RunError, device_memory
-from kdcache.train import losses, schedule
+from kdcache.stop import StopRequest
+from kdcache.train import schedule
+from kdcache.train.advice import advice
+from kdcache.train.curves import Curves
 from kdcache.train.evaluate import score
-from kdcache.train.loader import Batch, batches
-from kdcache.train.overlay import save_overlay
-from kdcache.train.run_folder import State, check_cache, open_run, restore, save_epoch, start_run
+from kdcache.train.loader import Batch, chunked, read_batches, shuffled
+from kdcache.train.overlay import overlay, shown_rows
+from kdcache.train.parallel import Processes, joined
+from kdcache.train.reach import find_reach, reach_text, reaches_student
+from kdcache.train.repeatable import only_deterministic, seed
+from kdcache.train.run_folder import (
+    State,
+    open_run,
+    restore,
+    save_epoch,
+    save_progress,
+    seen_cache,
+    start_from,
+    start_run,
+    write_config,
+)
+from kdcache.train.step import Trainee, build_optimizer, half_dtype, set_learning_rate, take_step
 from kdcache.train.student import TAP_STRIDE, Projection, Student, build_student, resolve_device
 
 log = logging.getLogger(__name__)
+
+# How much of an epoch a crash may cost, beside what signals save.
+_SAVE_EVERY_S = 300.0
+
+# Rows that the mean and deviation of the feature target are taken from.
+_STANDARDISE_ROWS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +61,7 @@ class TrainReport:
     epochs: int
     best_epoch: int
     metrics: dict[str, Any]  # of the best epoch
+    picture: Path
     seconds: float
 
 
@@ -48,241 +72,304 @@ def train(
     *,
     device: str = "auto",
     resume: bool = False,
+    extend: bool = False,
+    init_from: Path | None = None,
     progress: bool = False,
 ) -> TrainReport:
     """Train a student from the cache alone and leave a run folder at `out`.
 
-    With `resume` a run that was stopped goes on after its last finished epoch as if it had never
-    stopped, on the rows it started with. Raises KdcacheError; finished epochs stay.
+    With `resume` a run that was stopped, at whatever step, goes on as if it had never stopped, on
+    the rows it started with; `extend` lets it have more epochs. `init_from` begins with the best
+    student of another run. Started by torchrun, the processes train together. SIGINT and SIGTERM
+    stop it after the current step, raising KeyboardInterrupt. Raises KdcacheError; what was saved
+    stays.
     """
     started = time.monotonic()
-    on = resolve_device(device)
-    record = open_run(out, config, resume)
-    cache = Cache(cache_path)
-    if resume:
-        check_cache(out, record, cache)
-        cache = Cache(cache_path, shards=record["shards"])
-    # Without a feature loss no feature byte is read and there is nothing to project.
-    tap = cache.manifest.taps[0] if config.feature_weight > 0 else None
-    val_rows = cache.rows_of("val")
-    _check_splits(cache, val_rows)
-    with device_memory("building the student", "lower projection_hidden_dim"):
-        state = _build(config, cache, tap, on)
-    if resume:
-        restore(out, state)
-    else:
-        start_run(out, config, cache, tap)
-
-    for epoch in range(len(state.history), config.epochs):
-        epoch_started = time.monotonic()
-        temperature = schedule.temperature(config, epoch)
-        for group in state.optimizer.param_groups:
-            group["lr"] = schedule.learning_rate(config, epoch)
-
-        taps = [tap.name] if tap else []
-        source = batches(cache, config.batch_size, on, taps=taps, seed=config.seed, epoch=epoch)
-        title = f"epoch {epoch + 1}/{config.epochs}"
-        bar = tqdm(
-            desc=title,
-            total=len(cache) - len(val_rows),
-            unit="image",
-            disable=None if progress else True,
+    with (
+        joined(resolve_device(device)) as (processes, on),
+        only_deterministic(config.deterministic),
+    ):
+        record = open_run(out, config, resume, extend)
+        cache = seen_cache(out, record, cache_path) if resume else Cache(cache_path)
+        # Without a feature loss no feature byte is read and there is nothing to project.
+        tap = cache.manifest.taps[0] if config.feature_weight > 0 else None
+        run = _Run(
+            out=out,
+            cache=cache,
+            config=config,
+            tap=tap,
+            device=on,
+            processes=processes,
+            stop=StopRequest(),
+            train_rows=cache.rows_of("train"),
+            val_rows=cache.rows_of("val"),
+            progress=progress and processes.leads,
         )
-        metrics = {
-            "epoch": epoch + 1,
-            "lr": state.optimizer.param_groups[0]["lr"],
-            "temperature": temperature,
-            **_train_epoch(state, source, config, temperature, title, bar),
-        }
-        if val_rows:
-            with device_memory("validating", "lower --batch-size"):
-                scores = score(
-                    state.student,
-                    state.projection,
-                    cache,
-                    val_rows,
-                    config,
-                    tap=tap.name if tap else None,
-                    temperature=temperature,
-                    device=on,
-                )
-            metrics |= {f"val_{name}": value for name, value in scores.items()}
-        metrics["epoch_s"] = time.monotonic() - epoch_started
-        state.history.append(metrics)
-        save_epoch(out, state, config, cache)
-        log.info("%s: %s", title, _line(metrics))
-
-    picture = out / "visualizations" / "last.jpg"
-    save_overlay(picture, state.student, cache, val_rows or cache.rows_of("train"), on)
+        _check_splits(run)
+        with device_memory("building the student", "lower projection_hidden_dim"):
+            state = _build(run)
+        if resume:
+            restore(out, state)
+        else:
+            if init_from is not None:
+                start_from(init_from, state)
+            _say_reach(run, state)
+        processes.wait()  # nobody looks for a run any more
+        if processes.leads:
+            if resume:
+                write_config(out, config)  # it may have been extended
+            else:
+                start_run(out, config, cache, tap, state)
+        with run.stop:
+            _train_epochs(run, state)
     return TrainReport(
         run=out,
         epochs=config.epochs,
         best_epoch=state.best_epoch,
         metrics=state.history[state.best_epoch - 1],
+        picture=run.picture(config.epochs),
         seconds=time.monotonic() - started,
     )
 
 
-def _check_splits(cache: Cache, val_rows: list[int]) -> None:
-    if not cache.rows_of("train"):
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """What does not change while a process trains."""
+
+    out: Path
+    cache: Cache
+    config: TrainConfig
+    tap: TapSpec | None
+    device: str
+    processes: Processes
+    stop: StopRequest
+    train_rows: Sequence[int]
+    val_rows: Sequence[int]
+    progress: bool
+
+    @property
+    def taps(self) -> list[str]:
+        return [self.tap.name] if self.tap else []
+
+    def picture(self, epoch: int) -> Path:
+        return self.out / "visualizations" / f"epoch_{epoch:03d}.jpg"
+
+
+def _train_epochs(run: _Run, state: State) -> None:
+    """From where `state` is to the last epoch; every epoch ends on disk."""
+    config, model = run.config, run.processes.wrap(Trainee(state.student, state.projection))
+    shown = shown_rows(run.val_rows or run.train_rows)
+    with contextlib.ExitStack() as stack:
+        if run.processes.leads:
+            curves = stack.enter_context(Curves(run.out / "logs", len(state.history)))
+        for epoch in range(len(state.history), config.epochs):
+            started = time.monotonic()
+            temperature = schedule.temperature(config, epoch)
+            pace = _train_epoch(run, model, state, epoch)
+            metrics = {
+                "epoch": epoch + 1,
+                "lr": state.optimizer.param_groups[0]["lr"],
+                "temperature": temperature,
+                **_means(state.sums),
+                **pace,
+            }
+            if run.processes.leads:
+                metrics |= _validate(run, state, temperature)
+                metrics["epoch_s"] = time.monotonic() - started
+            state.history.append(metrics)
+            state.steps, state.sums = 0, {}
+            if run.processes.leads:
+                save_epoch(run.out, state, config, run.cache)
+                picture = overlay(state.student, run.cache, shown, run.device)
+                save(run.picture(epoch + 1), picture, "JPEG")
+                curves.add(metrics, picture)
+                log.info("epoch %d/%d: %s", epoch + 1, config.epochs, _line(metrics))
+                for sign in advice(state.history, config):
+                    log.warning("epoch %d: %s", epoch + 1, sign)
+            run.processes.wait()
+
+
+def _train_epoch(run: _Run, model: nn.Module, state: State, epoch: int) -> dict[str, float]:
+    """The rest of an epoch, from the step that `state` is at; returns this process's pace."""
+    config, processes = run.config, run.processes
+    order = shuffled(run.train_rows, config.seed, epoch)
+    plan = _steps(order, config, processes)
+    todo = plan[state.steps :]
+    source = read_batches(run.cache, [rows for step in todo for rows in step], run.device, run.taps)
+    title = f"epoch {epoch + 1}/{config.epochs}"
+    bar = tqdm(
+        desc=title,
+        total=len(order),
+        initial=round(state.sums.get("images", 0)),
+        unit="image",
+        disable=None if run.progress else True,
+    )
+    model.train()
+    images, data_wait_s, started = 0, 0.0, time.monotonic()
+    saved = started
+    with bar:
+        for step in todo:
+            waited = time.monotonic()
+            batches = [next(source) for _ in step]
+            data_wait_s += time.monotonic() - waited
+            values = _take_step(run, model, state, batches, epoch, len(plan))
+            for name, value in values.items():
+                state.sums[name] = state.sums.get(name, 0.0) + value
+            state.steps += 1
+            images += round(values["images"])
+            bar.set_postfix(loss=f"{values['total'] / values['images']:.4f}", refresh=False)
+            bar.update(round(values["images"]))
+            stop = processes.any(run.stop.asked, run.device)
+            if processes.leads and (stop or time.monotonic() - saved > _SAVE_EVERY_S):
+                save_progress(run.out, state)
+                saved = time.monotonic()
+            if stop:
+                processes.wait()
+                raise KeyboardInterrupt
+    if not todo:  # stopped while it validated
+        return {}
+    if processes.leads:
+        save_progress(run.out, state)  # validation may take long
+    seconds = time.monotonic() - started
+    return {
+        "images_per_s": images / seconds,
+        "step_ms": 1000 * seconds / len(todo),
+        "data_wait_ms": 1000 * data_wait_s / len(todo),
+    }
+
+
+def _take_step(
+    run: _Run, model: nn.Module, state: State, batches: list[Batch], epoch: int, steps: int
+) -> dict[str, float]:
+    """One update; returns each loss times the images it is a mean over, and those images."""
+    config = run.config
+    learning_rate = schedule.learning_rate(config, epoch, epoch * steps + state.steps)
+    set_learning_rate(state.optimizer, learning_rate)
+    seed(config.seed, epoch, state.steps, run.processes.rank)
+    temperature = schedule.temperature(config, epoch)
+    try:
+        with device_memory("training", "lower --batch-size, or use --mixed-precision"):
+            values = take_step(model, state, batches, config, temperature, run.processes)
+    except RunError as error:
         raise RunError(
-            f"{cache.path} has no rows of split 'train'; extract some (--split train is the default)"
+            f"epoch {epoch + 1}/{config.epochs}, step {state.steps + 1}: {error}; the run stops at "
+            "what it last saved: lower learning_rate, or train without --mixed-precision"
+        ) from error
+    images, labelled = values.pop("images"), values.pop("labelled_images")
+    weights = {"bce": labelled, "dice": labelled}
+    sums = {name: value * weights.get(name, images) for name, value in values.items()}
+    return sums | {"images": images, "labelled_images": labelled}
+
+
+def _means(sums: dict[str, float]) -> dict[str, float | None]:
+    """The metrics of an epoch: a loss is a mean over its images, BCE and Dice over labelled ones."""
+    losses = {name: value for name, value in sums.items() if not name.endswith("images")}
+    over = {"bce": sums["labelled_images"], "dice": sums["labelled_images"]}
+    means = {
+        f"train_{name}": value / count if (count := over.get(name, sums["images"])) else None
+        for name, value in losses.items()
+    }
+    return means | {"labelled_fraction": sums["labelled_images"] / sums["images"]}
+
+
+def _steps(
+    order: Sequence[int], config: TrainConfig, processes: Processes
+) -> list[list[Sequence[int]]]:
+    """The batches of rows that this process puts into each step of an epoch.
+
+    Rows too few for every process at the end join the step before, so that each is used once and
+    no process is without one.
+    """
+    steps = chunked(order, config.batch_size * config.gradient_accumulation * processes.count)
+    if len(steps) > 1 and len(steps[-1]) < processes.count:
+        last = steps.pop()
+        steps[-1] = [*steps[-1], *last]
+    own = (np.array_split(step, processes.count)[processes.rank].tolist() for step in steps)
+    return [chunked(rows, config.batch_size) for rows in own]
+
+
+def _validate(run: _Run, state: State, temperature: float) -> dict[str, Any]:
+    if not run.val_rows:
+        return {}
+    with device_memory("validating", "lower --batch-size"):
+        scores = score(
+            state.student,
+            state.projection,
+            run.cache,
+            run.val_rows,
+            run.config,
+            tap=run.tap.name if run.tap else None,
+            temperature=temperature,
+            device=run.device,
         )
-    if not val_rows:
+    return {f"val_{name}": value for name, value in scores.items()}
+
+
+def _check_splits(run: _Run) -> None:
+    path, processes = run.cache.path, run.processes.count
+    if len(run.train_rows) < processes:
+        raise RunError(
+            f"{path} has {len(run.train_rows)} rows of split 'train' for {processes} processes; "
+            "extract some (--split train is the default)"
+        )
+    if not run.val_rows:
         log.warning(
             "%s has no rows of split 'val': nothing is validated and the last epoch counts as the "
             "best; extract with --val-fraction, or a second folder with --split val",
-            cache.path,
+            path,
         )
 
 
-def _build(config: TrainConfig, cache: Cache, tap: TapSpec | None, device: str) -> State:
+def _build(run: _Run) -> State:
     """Student, projection and optimiser at their seeded start.
 
     The projection is drawn after the student, so the feature weight does not move its start.
     """
+    config, device = run.config, run.device
     torch.manual_seed(config.seed)
-    student = build_student(config.student_encoder, config.encoder_weights).to(device)
+    student = build_student(
+        config.student_encoder, config.encoder_weights, config.student_tap, config.trained_levels
+    ).to(device)
     projection = None
-    if tap is not None:
-        projection = _build_projection(config, student, tap, cache.manifest.size_px).to(device)
-        log.warning(
-            "feature_weight = %g, but with a frozen encoder and the tap in it the feature loss "
-            "trains only the projection, which is not part of the student",
-            config.feature_weight,
-        )
-    optimizer = torch.optim.AdamW(
-        [{"params": group} for group in _groups(student, projection)],
-        lr=config.learning_rate,
-        weight_decay=config.weight_decay,
-    )
-    # bf16 needs no loss scaling; GPUs without it get fp16, which does.
-    half = config.mixed_precision and device != "cpu" and not torch.cuda.is_bf16_supported()
-    scaler = torch.amp.GradScaler(torch.device(device).type, enabled=half)
+    if run.tap is not None:
+        projection = _build_projection(run, student, run.tap).to(device)
+    half = half_dtype(config, torch.device(device))
+    # bfloat16 has float32's range and needs no loss scaling
+    scaler = torch.amp.GradScaler(torch.device(device).type, enabled=half == torch.float16)
+    optimizer = build_optimizer(student, projection, config)
     return State(student=student, projection=projection, optimizer=optimizer, scaler=scaler)
 
 
-def _build_projection(
-    config: TrainConfig, student: Student, tap: TapSpec, size_px: int
-) -> Projection:
+def _build_projection(run: _Run, student: Student, tap: TapSpec) -> Projection:
     channels, height, width = tap.shape
-    grid = size_px // TAP_STRIDE
+    grid = run.cache.manifest.size_px // TAP_STRIDE
     if (height, width) != (grid, grid):
         raise RunError(
             f"tap {tap.name} is {channels}×{height}×{width} in this cache, the student's tap is "
             f"{student.tap_channels}×{grid}×{grid} (stride {TAP_STRIDE}); extract a tap of that "
             "grid, or train with --feature-weight 0"
         )
-    return Projection(student.tap_channels, config.projection_hidden_dim, channels)
+    projection = Projection(student.tap_channels, run.config.projection_hidden_dim, channels)
+    if run.config.standardise_features:
+        rows = shuffled(run.train_rows, run.config.seed, 0)[:_STANDARDISE_ROWS]
+        projection.standardise(run.cache.decode_features(row, tap) for row in rows)
+    return projection
 
 
-def _groups(student: Student, projection: nn.Module | None) -> list[list[nn.Parameter]]:
-    """The trained parameters: the student's, then the projection's."""
-    groups = [[p for p in student.parameters() if p.requires_grad]]
-    return groups if projection is None else [*groups, list(projection.parameters())]
-
-
-def _train_epoch(
-    state: State,
-    source: Iterator[Batch],
-    config: TrainConfig,
-    temperature: float,
-    title: str,
-    bar: tqdm[Any],
-) -> dict[str, float]:
-    """One pass over the batches; the mean of every loss and the pace."""
-    state.student.train()
-    if state.projection is not None:
-        state.projection.train()
-    sums: dict[str, float] = {}
-    images, steps, data_wait_s, started = 0, 0, 0.0, time.monotonic()
-    while True:
-        waited = time.monotonic()
-        batch = next(source, None)
-        data_wait_s += time.monotonic() - waited
-        if batch is None:
-            break
-        steps += 1
-        with device_memory("training", "lower --batch-size, or use --mixed-precision"):
-            values = _step(state, batch, config, temperature, f"{title}, step {steps}")
-        for name, value in values.items():
-            sums[name] = sums.get(name, 0.0) + value * len(batch.keys)
-        images += len(batch.keys)
-        bar.set_postfix(loss=f"{values['total']:.4f}", refresh=False)
-        bar.update(len(batch.keys))
-    bar.close()
-    seconds = time.monotonic() - started
-    return {
-        **{f"train_{name}": value / images for name, value in sums.items()},
-        "images_per_s": images / seconds,
-        "step_ms": 1000 * seconds / steps,
-        "data_wait_ms": 1000 * data_wait_s / steps,
-    }
-
-
-def _step(
-    state: State, batch: Batch, config: TrainConfig, temperature: float, where: str
-) -> dict[str, float]:
-    """One optimiser step; returns the value of every loss and of their weighted total."""
-    device = batch.image.device
-    with _autocast(config, device):
-        output = state.student(batch.image)
-        projected = state.projection(output.feature) if state.projection is not None else None
-    losses_now = _losses(output.logits, projected, batch, config, temperature)
-    total = sum(
-        (getattr(config, f"{name}_weight") * loss for name, loss in losses_now.items()),
-        start=torch.zeros((), device=device),
-    )
-    values = {name: float(loss.detach()) for name, loss in {**losses_now, "total": total}.items()}
-    _refuse_non_finite(values, batch.keys, where)
-    state.optimizer.zero_grad(set_to_none=True)
-    state.scaler.scale(total).backward()
-    state.scaler.unscale_(state.optimizer)
-    if config.grad_clip:
-        # Apart: a joint norm would let the feature weight leak into the student's step.
-        for group in _groups(state.student, state.projection):
-            nn.utils.clip_grad_norm_(group, config.grad_clip)
-    state.scaler.step(state.optimizer)
-    state.scaler.update()
-    return values
-
-
-def _losses(
-    logits: Tensor,
-    projected: Tensor | None,
-    batch: Batch,
-    config: TrainConfig,
-    temperature: float,
-) -> dict[str, Tensor]:
-    """Each loss by the name of its weight: kl, mse, bce, dice and, with a projection, feature."""
-    values = {
-        "kl": losses.kl(
-            logits, batch.logits, batch.mask, temperature=temperature, scale=config.kl_scale
-        ),
-        "mse": losses.mse(logits, batch.logits, batch.mask),
-        "bce": losses.bce(logits, batch.mask),
-        "dice": losses.dice(logits, batch.mask),
-    }
-    if projected is not None:
-        (target,) = batch.features.values()
-        values["feature"] = losses.FEATURE_LOSSES[config.feature_loss](projected, target)
-    return values
-
-
-def _autocast(config: TrainConfig, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    if not config.mixed_precision:
-        return contextlib.nullcontext()
-    bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported()
-    return torch.autocast(device.type, torch.bfloat16 if bf16 else torch.float16)
-
-
-def _refuse_non_finite(values: dict[str, float], keys: list[RowKey], where: str) -> None:
-    bad = [name for name, value in values.items() if not math.isfinite(value)]
-    if bad:
-        samples = ", ".join(key.sample_id for key in keys)
-        raise RunError(
-            f"{where}: loss {bad[0]} is {values[bad[0]]} on samples {samples}; the run stops at its "
-            "last finished epoch: lower learning_rate, or train without --mixed-precision"
+def _say_reach(run: _Run, state: State) -> None:
+    """Show what each loss can change, and warn where features are learned to be thrown away."""
+    if not run.processes.leads:
+        return
+    rows = shuffled(run.train_rows, run.config.seed, 0)[: run.config.batch_size]
+    (batch,) = read_batches(run.cache, [rows], run.device, run.taps)
+    with device_memory("back-propagating the first batch", "lower --batch-size"):
+        reach = find_reach(Trainee(state.student, state.projection), batch, run.config)
+    log.info("%s", reach_text(reach, run.config))
+    if "feature" in reach and not reaches_student(reach, "feature"):
+        log.warning(
+            "feature_weight = %g, but the feature loss trains only the projection, which is not part "
+            'of the student: set student_tap = "decoder", or train_encoder = "last:3" or "all"',
+            run.config.feature_weight,
         )
 
 
@@ -292,5 +379,6 @@ def _line(metrics: dict[str, Any]) -> str:
         parts.append(f"val mIoU {metrics['val_student_miou']:.4f}")
     if metrics.get("val_agreement") is not None:
         parts.append(f"agreement {metrics['val_agreement']:.4f}")
-    parts.append(f"{metrics['images_per_s']:.2f} images/s")
+    if "images_per_s" in metrics:
+        parts.append(f"{metrics['images_per_s']:.2f} images/s")
     return ", ".join(parts)

@@ -2,9 +2,15 @@
 
 Shapes: logits and masks (N, 1, H, W) or (N, H, W), any one of them throughout; feature maps
 (N, C, h, w). Definitions: docs/losses.md.
+
+A loss is a sum over what it counts, divided by how much that is. Where one step is made of several
+batches, each divides by `per`, the count of all of them: their losses then add up to the loss of
+all their images at once, whatever each batch holds.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +29,35 @@ def labelled(mask: Tensor) -> Tensor:
     return ((mask != PADDING) & (mask != IGNORE)).float()
 
 
-def kl(student: Tensor, teacher: Tensor, mask: Tensor, *, temperature: float, scale: str) -> Tensor:
+class Counts(NamedTuple):
+    """How much each kind of loss averages over, as scalars: float32 tensors."""
+
+    images: Tensor
+    labelled_images: Tensor
+    seen_pixels: Tensor
+    labelled_pixels: Tensor
+
+
+def counts(mask: Tensor) -> Counts:
+    """What a batch holds, by its masks (N, 1, H, W) or (N, H, W)."""
+    valid = labelled(mask)
+    return Counts(
+        images=torch.tensor(float(len(mask)), device=mask.device),
+        labelled_images=(valid.flatten(1).sum(1) > 0).float().sum(),
+        seen_pixels=seen(mask).sum(),
+        labelled_pixels=valid.sum(),
+    )
+
+
+def kl(
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor,
+    *,
+    temperature: float,
+    scale: str,
+    per: Counts | None = None,
+) -> Tensor:
     """Binary Kullback–Leibler divergence of the softened teacher from the softened student.
 
     Mean over seen pixels of p·(logσ(z_t/T) − logσ(z_s/T)) + (1−p)·(logσ(−z_t/T) − logσ(−z_s/T)),
@@ -34,22 +68,24 @@ def kl(student: Tensor, teacher: Tensor, mask: Tensor, *, temperature: float, sc
     person = p * (F.logsigmoid(z_t) - F.logsigmoid(z_s))
     background = (1 - p) * (F.logsigmoid(-z_t) - F.logsigmoid(-z_s))
     factor = {"T": temperature, "T2": temperature**2, "1": 1.0}[scale]
-    return factor * _mean(person + background, seen(mask))
+    per = per or counts(mask)
+    return factor * _mean(person + background, seen(mask), per.seen_pixels)
 
 
-def mse(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+def mse(student: Tensor, teacher: Tensor, mask: Tensor, per: Counts | None = None) -> Tensor:
     """Mean over seen pixels of the squared difference of the logits."""
-    return _mean((student.float() - teacher.float()) ** 2, seen(mask))
+    per = per or counts(mask)
+    return _mean((student.float() - teacher.float()) ** 2, seen(mask), per.seen_pixels)
 
 
-def bce(student: Tensor, mask: Tensor) -> Tensor:
+def bce(student: Tensor, mask: Tensor, per: Counts | None = None) -> Tensor:
     """Binary cross-entropy with the mask, mean over labelled pixels; 0 when there is none."""
     target = (mask == PERSON).float()
     losses = F.binary_cross_entropy_with_logits(student.float(), target, reduction="none")
-    return _mean(losses, labelled(mask))
+    return _mean(losses, labelled(mask), (per or counts(mask)).labelled_pixels)
 
 
-def dice(student: Tensor, mask: Tensor) -> Tensor:
+def dice(student: Tensor, mask: Tensor, per: Counts | None = None) -> Tensor:
     """1 − mean over images of (2Σσ(z)y + 1)/(Σσ(z) + Σy + 1), over labelled pixels.
 
     Images without a labelled pixel are left out; 0 when no image has one.
@@ -60,22 +96,28 @@ def dice(student: Tensor, mask: Tensor) -> Tensor:
     overlap = (probability * target).sum(1)
     score = (2 * overlap + 1) / (probability.sum(1) + target.sum(1) + 1)
     has_label = (valid.sum(1) > 0).float()
-    return _mean(1 - score, has_label)
+    return _mean(1 - score, has_label, (per or counts(mask)).labelled_images)
 
 
-def feature_mse(projected: Tensor, target: Tensor) -> Tensor:
+def feature_mse(projected: Tensor, target: Tensor, per: Counts | None = None) -> Tensor:
     """Mean over all elements of (P(f_s) − f_yolo)²."""
-    return F.mse_loss(projected.float(), target.float())
+    return F.mse_loss(projected.float(), target.float()) * _share(projected, per)
 
 
-def feature_cosine(projected: Tensor, target: Tensor) -> Tensor:
+def feature_cosine(projected: Tensor, target: Tensor, per: Counts | None = None) -> Tensor:
     """1 − mean over positions of the cosine along the channels."""
-    return 1 - F.cosine_similarity(projected.float(), target.float(), dim=1).mean()
+    cosine = F.cosine_similarity(projected.float(), target.float(), dim=1).mean()
+    return (1 - cosine) * _share(projected, per)
 
 
 FEATURE_LOSSES = {"mse": feature_mse, "cosine": feature_cosine}
 
 
-def _mean(values: Tensor, weight: Tensor) -> Tensor:
-    """Mean of `values` where `weight` is 1; 0 (with a zero gradient) when it is 1 nowhere."""
-    return (values * weight).sum() / weight.sum().clamp(min=1)
+def _mean(values: Tensor, weight: Tensor, count: Tensor) -> Tensor:
+    """Sum of `values` where `weight` is 1, over `count`; 0 (with a zero gradient) where that is 0."""
+    return (values * weight).sum() / torch.where(count > 0, count, 1)
+
+
+def _share(projected: Tensor, per: Counts | None) -> Tensor | float:
+    """This batch's images over those that its loss is divided by."""
+    return 1.0 if per is None else len(projected) / per.images

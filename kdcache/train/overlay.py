@@ -1,32 +1,39 @@
-"""Pictures that show what a student does: photo, mask, teacher and student side by side."""
+"""Pictures that show what a student does: photo, mask, teacher, student and where the two differ."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from kdcache.cache.reader import Cache
-from kdcache.drawing import lit, masked, save, sheet
+from kdcache.drawing import U8, compared, lit, masked, sheet
 from kdcache.train.loader import read_batches
 from kdcache.train.student import Student
 
-_COLUMNS = ("photo", "mask", "teacher", "student")
+_TITLES = ("photo", "mask", "teacher", "student", "differ (red: student only, blue: teacher)")
+_ROWS = 4
+
+
+def shown_rows(rows: Sequence[int]) -> list[int]:
+    """The few rows that every picture of a run shows, evenly spread."""
+    chosen = np.unique(np.linspace(0, len(rows) - 1, _ROWS).astype(int))
+    return [rows[n] for n in chosen]
 
 
 @torch.no_grad()
-def save_overlay(
-    path: Path, student: Student, cache: Cache, rows: list[int], device: str, count: int = 4
-) -> None:
-    """Write a JPEG of the first `count` rows: background darkened, ignored pixels in yellow."""
+def overlay(student: Student, cache: Cache, rows: Sequence[int], device: str) -> U8:
+    """A sheet of the given rows: background darkened, ignored pixels in yellow."""
     student.eval()
     cells, captions = [], []
-    for batch in read_batches(cache, rows[:count], 1, device, taps=[]):
-        row = cache[cache.keys.index(batch.keys[0])]
+    batches = read_batches(cache, [[row] for row in rows], device, taps=[])
+    for index, batch in zip(rows, batches, strict=True):
+        row = cache[index]
         image, mask = row.image.astype(np.uint8), row.mask.astype(np.uint8)
         teacher = batch.logits[0, 0].cpu().numpy() > 0
         predicted = student(batch.image).logits[0, 0].float().cpu().numpy() > 0
-        cells.append([image, masked(image, mask), lit(image, teacher), lit(image, predicted)])
-        captions.append(row.sample_id)
-    save(path, sheet(_COLUMNS, cells, captions), "JPEG")
+        views = [image, masked(image, mask), lit(image, teacher), lit(image, predicted)]
+        cells.append([*views, compared(image, predicted, teacher)])
+        captions.append(f"{row.split} {row.sample_id}")
+    return sheet(_TITLES, cells, captions)

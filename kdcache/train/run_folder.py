@@ -1,23 +1,24 @@
 """What a run keeps on disk, and how it goes on after a stop.
 
 RUN/config.toml            resolved settings, read back by --config
-RUN/run.json               the cache, the shards seen, the tap, versions
+RUN/run.json               the cache, the commits seen, the tap, versions
 RUN/metrics.jsonl          one line an epoch
 RUN/checkpoints/last.pt    everything a resume needs; best.pt the same of the best epoch
 RUN/student_best.safetensors  RUN/student_last.safetensors
-RUN/visualizations/        overlay pictures
+RUN/logs/                  TensorBoard events
+RUN/visualizations/        a picture of some validation rows an epoch
 """
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 import kdcache
 from kdcache.cache.layout import TapSpec
@@ -28,8 +29,10 @@ from kdcache.errors import RunError
 from kdcache.train.student import Projection, Student
 from kdcache.train.weights import read_student, save_student
 
+log = logging.getLogger(__name__)
+
 # What `start_run` makes before run.json: all that a stop in between leaves.
-_BEFORE_RUN = {"checkpoints", "visualizations", "config.toml"}
+_BEFORE_RUN = {"checkpoints", "visualizations", "logs", "config.toml"}
 
 
 @dataclass(kw_only=True)
@@ -41,6 +44,8 @@ class State:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     history: list[dict[str, Any]] = field(default_factory=list)  # metrics of each finished epoch
+    steps: int = 0  # taken in the epoch after those
+    sums: dict[str, float] = field(default_factory=dict)  # what that epoch's metrics come from
 
     @property
     def best_epoch(self) -> int:
@@ -54,10 +59,11 @@ class State:
         return max(scored, key=lambda pair: (pair[0], -pair[1]))[1] if scored else len(self.history)
 
 
-def open_run(run: Path, config: TrainConfig, resume: bool) -> dict[str, Any]:
+def open_run(run: Path, config: TrainConfig, resume: bool, extend: bool = False) -> dict[str, Any]:
     """The record of the run to resume, or an empty one for a new run.
 
-    Raises RunError when a new run would overwrite one, or a resume would change its settings.
+    Raises RunError when a new run would overwrite one, or a resume would change its settings:
+    only `extend` lets it have more epochs.
     """
     exists = (run / "run.json").exists()
     if not resume:
@@ -71,11 +77,15 @@ def open_run(run: Path, config: TrainConfig, resume: bool) -> dict[str, Any]:
     stored = read_config(run)
     for name in TrainConfig.model_fields:
         old, new = getattr(stored, name), getattr(config, name)
-        if old != new:
-            raise RunError(
-                f"{run} was started with {name} = {old}, now {new} was asked for; "
-                "a resume keeps its settings: leave that setting out, or start another run"
-            )
+        if old == new or (name == "epochs" and extend and new > old):
+            continue
+        way_out = "leave that setting out, or start another run"
+        if name == "epochs":
+            way_out = "leave --epochs out, or give more of them and --extend"
+        raise RunError(
+            f"{run} was started with {name} = {old}, now {new} was asked for; "
+            f"a resume keeps its settings: {way_out}"
+        )
     return read_record(run)
 
 
@@ -92,19 +102,49 @@ def check_cache(
             )
 
 
-def start_run(run: Path, config: TrainConfig, cache: Cache, tap: TapSpec | None) -> None:
-    """Lay out the folder; `run.json` comes last and makes it a run."""
-    for name in ("checkpoints", "visualizations"):
+def start_run(
+    run: Path, config: TrainConfig, cache: Cache, tap: TapSpec | None, state: State
+) -> None:
+    """Lay out the folder with the untrained state; `run.json` comes last and makes it a run."""
+    for name in ("checkpoints", "visualizations", "logs"):
         (run / name).mkdir(parents=True, exist_ok=True)
-    write_atomic(run / "config.toml", config.to_toml().encode())
+    write_config(run, config)
+    save_progress(run, state)
     record = {
         "cache": str(cache.path),
         "fingerprint": dict(cache.manifest.fingerprint),
-        "shards": [commit.shard for commit in cache.commits],
+        "commits": {str(commit.shard): commit.sha256 for commit in cache.commits},
         "tap": tap.name if tap else None,
         "versions": {"kdcache": kdcache.__version__, "torch": torch.__version__},
     }
     write_atomic(run / "run.json", json.dumps(record, indent=1).encode())
+
+
+def write_config(run: Path, config: TrainConfig) -> None:
+    """Write the resolved settings, as `--config` reads them back."""
+    write_atomic(run / "config.toml", config.to_toml().encode())
+
+
+def seen_cache(run: Path, record: dict[str, Any], path: Path) -> Cache:
+    """The cache with the rows that a run started with, whatever was added since.
+
+    Raises RunError when those rows are gone, or others are in their place.
+    """
+    check_cache(run, record, Cache(path))
+    cache = Cache(path, shards=[int(shard) for shard in record["commits"]])
+    for commit in cache.commits:
+        if commit.sha256 != record["commits"][str(commit.shard)]:
+            raise RunError(
+                f"{path}: the rows of shard {commit.shard} are not those that {run} was started "
+                "with; use the cache it was started from, or start another run"
+            )
+    return cache
+
+
+def save_progress(run: Path, state: State) -> None:
+    """Write all that a resume needs; the file is whole or the one before."""
+    with replacing(run / "checkpoints" / "last.pt") as temporary:
+        torch.save(_content(state), temporary)
 
 
 def save_epoch(run: Path, state: State, config: TrainConfig, cache: Cache) -> None:
@@ -116,21 +156,24 @@ def save_epoch(run: Path, state: State, config: TrainConfig, cache: Cache) -> No
         "epoch": len(state.history),
         "kdcache": kdcache.__version__,
     }
-    content = {
+    kinds = ["best", "last"] if state.best_epoch == len(state.history) else ["last"]
+    for kind in kinds:
+        save_student(run / f"student_{kind}.safetensors", state.student.unet, metadata)
+        with replacing(run / "checkpoints" / f"{kind}.pt") as temporary:
+            torch.save(_content(state), temporary)
+    write_metrics(run, state)
+
+
+def _content(state: State) -> dict[str, Any]:
+    return {
         "student": state.student.unet.state_dict(),
         "projection": state.projection.state_dict() if state.projection is not None else None,
         "optimizer": state.optimizer.state_dict(),
         "scaler": state.scaler.state_dict(),
         "history": state.history,
-        "rng": torch.get_rng_state(),
-        "rng_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "steps": state.steps,
+        "sums": state.sums,
     }
-    kinds = ["best", "last"] if state.best_epoch == len(state.history) else ["last"]
-    for kind in kinds:
-        save_student(run / f"student_{kind}.safetensors", state.student.unet, metadata)
-        with replacing(run / "checkpoints" / f"{kind}.pt") as temporary:
-            torch.save(content, temporary)
-    write_metrics(run, state)
 
 
 def write_metrics(run: Path, state: State) -> None:
@@ -140,21 +183,15 @@ def write_metrics(run: Path, state: State) -> None:
 
 
 def restore(run: Path, state: State) -> None:
-    """Put `state` back where the last finished epoch left it; at the start if none was finished."""
-    path = run / "checkpoints" / "last.pt"
-    if not path.exists():
-        return
-    content = read_checkpoint(path)
+    """Put `state` back to where the last checkpoint left it."""
+    content = read_checkpoint(run / "checkpoints" / "last.pt")
     state.student.unet.load_state_dict(content["student"])
     if state.projection is not None:
         state.projection.load_state_dict(content["projection"])
     state.optimizer.load_state_dict(content["optimizer"])
     state.scaler.load_state_dict(content["scaler"])
     state.history[:] = content["history"]
-    torch.set_rng_state(content["rng"])
-    if content["rng_cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(content["rng_cuda"])
-    write_metrics(run, state)
+    state.steps, state.sums = content["steps"], content["sums"]
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -186,16 +223,19 @@ def read_config(run: Path) -> TrainConfig:
     return load(TrainConfig, str(run / "config.toml"))
 
 
-def read_best_student(run: Path) -> tuple[Student, dict[str, Any]]:
-    """The best student of a run and its metadata, in eval mode on the CPU."""
-    read_config(run)
+def read_best_student(run: Path, with_tap: bool = False) -> tuple[Student, dict[str, Any]]:
+    """The best student of a run and its metadata, in eval mode on the CPU.
+
+    `with_tap` puts the tap where the run had it, for its projection.
+    """
+    config = read_config(run)
     tensors, metadata = read_student(run / "student_best.safetensors")
-    student = Student(metadata["encoder"])
+    student = Student(metadata["encoder"], config.student_tap if with_tap else "encoder")
     student.unet.load_state_dict(tensors)
     return student.eval(), metadata
 
 
-def read_best_projection(run: Path, student: Student) -> nn.Module | None:
+def read_best_projection(run: Path, student: Student) -> Projection | None:
     """The projection of the best epoch, None when the run trained without features."""
     weights = read_checkpoint(run / "checkpoints" / "best.pt")["projection"]
     if weights is None:
@@ -204,3 +244,27 @@ def read_best_projection(run: Path, student: Student) -> nn.Module | None:
     projection = Projection(student.tap_channels, hidden, target_channels)
     projection.load_state_dict(weights)
     return projection.eval()
+
+
+def start_from(run: Path, state: State) -> None:
+    """Begin with the best weights of another run, its projection too where it fits.
+
+    Raises RunError when that run's student is another network.
+    """
+    other, metadata = read_best_student(run, with_tap=True)
+    ours, theirs = state.student.unet.state_dict(), other.unet.state_dict()
+    if {k: v.shape for k, v in ours.items()} != {k: v.shape for k, v in theirs.items()}:
+        raise RunError(
+            f"--init-from {run}: its student has the encoder {metadata['encoder']}, this run's "
+            "student is another network; set student_encoder to that"
+        )
+    state.student.unet.load_state_dict(theirs)
+    projection = read_best_projection(run, other)
+    if state.projection is None or projection is None:
+        return
+    weights = projection.state_dict()
+    shapes = {name: tensor.shape for name, tensor in state.projection.state_dict().items()}
+    if shapes == {name: tensor.shape for name, tensor in weights.items()}:
+        state.projection.load_state_dict(weights)
+    else:
+        log.warning("--init-from %s: its projection has another shape; ours starts afresh", run)

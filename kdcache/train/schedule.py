@@ -1,4 +1,4 @@
-"""Learning rate and temperature as pure functions of the epoch, so a resume has no state to restore."""
+"""Learning rate and temperature as pure functions of the position, so a resume has no state to restore."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ import math
 from kdcache.config import TrainConfig
 
 
-def learning_rate(config: TrainConfig, epoch: int) -> float:
-    """Cosine from `learning_rate` towards `min_lr`, as torch's CosineAnnealingLR(T_max=epochs)."""
+def learning_rate(config: TrainConfig, epoch: int, step: int = 0) -> float:
+    """Cosine from `learning_rate` towards `min_lr`, as torch's CosineAnnealingLR(T_max=epochs).
+
+    `step` counts from the start of the run; the first `warmup_steps` rise linearly to the cosine.
+    """
     fall = (1 + math.cos(math.pi * epoch / config.epochs)) / 2
     # A floor above the start would turn annealing into warming; keep the start instead.
     floor = min(config.min_lr, config.learning_rate)
-    return floor + (config.learning_rate - floor) * fall
+    rise = min(1.0, (step + 1) / (config.warmup_steps + 1))
+    return rise * (floor + (config.learning_rate - floor) * fall)
 
 
 def temperature(config: TrainConfig, epoch: int) -> float:

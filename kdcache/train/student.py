@@ -5,22 +5,27 @@ from __future__ import annotations
 import os
 import socket
 import warnings
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 from urllib.parse import urlsplit
 
+import numpy as np
 import segmentation_models_pytorch as smp
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
+from kdcache.config import ENCODER_LEVELS, StudentTap
 from kdcache.errors import ModelError, ProviderError
 from kdcache.imaging import IMAGENET_MEAN, IMAGENET_STD
 from kdcache.train.weights import load_encoder_file
 
 # smp gives every encoder a feature n at stride 2^n; the third of EfficientNet-B0 is 40×80×80 at
-# 640, the grid of YOLOv9-E's layer 34.
+# 640, the grid of YOLOv9-E's layer 34. The decoder is back at that grid after its second block.
 TAP_LEVEL = 3
 TAP_STRIDE = 2**TAP_LEVEL
+DECODER_TAP_BLOCK = 1
 
 
 class StudentOutput(NamedTuple):
@@ -31,35 +36,93 @@ class StudentOutput(NamedTuple):
 
 
 class Student(nn.Module):
-    """An `smp.Unet` whose encoder is frozen: eval mode, no gradients, statistics that never move."""
+    """An `smp.Unet` with a tap, whose encoder is frozen but for its last `trained_levels` levels.
+
+    What is frozen has no gradients, and its BatchNorm statistics never move. A level is what
+    computes one of the encoder's five features from the one before.
+    """
 
     unet: Any  # smp is untyped
 
-    def __init__(self, encoder: str) -> None:
+    def __init__(self, encoder: str, tap: StudentTap = "encoder", trained_levels: int = 0) -> None:
         super().__init__()
         self.unet = _unet(encoder)
-        self.unet.encoder.requires_grad_(False).eval()
+        self._tap = tap
+        self._tapped: torch.Tensor | None = None
+        if tap == "decoder":
+            self.unet.decoder.blocks[DECODER_TAP_BLOCK].register_forward_hook(self._keep)
+        trained = _parameters_of_last_levels(self.unet.encoder, trained_levels)
+        self.unet.encoder.requires_grad_(False)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        self._encoder_is_trained = bool(trained)
+        self.train()
 
     @property
     def tap_channels(self) -> int:
+        if self._tap == "decoder":
+            return int(self.unet.decoder.blocks[DECODER_TAP_BLOCK].conv2[0].out_channels)
         return int(self.unet.encoder.out_channels[TAP_LEVEL])
 
     def train(self, mode: bool = True) -> Self:
-        """Train mode for decoder and head only: BatchNorm in a frozen encoder must not learn."""
+        """Train mode where parameters are trained: BatchNorm in a frozen level must not learn."""
         super().train(mode)
         self.unet.encoder.eval()
+        if mode and self._encoder_is_trained:
+            _train_where_trained(self.unet.encoder)
         return self
 
     def forward(self, pixels_NCHW: torch.Tensor) -> StudentOutput:
         """ImageNet-normalised pixels (N, 3, H, W) to logits and the tapped feature map."""
-        with torch.no_grad():
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._encoder_is_trained):
             features = self.unet.encoder(pixels_NCHW)
-        decoded = self.unet.decoder(features)
-        return StudentOutput(self.unet.segmentation_head(decoded), features[TAP_LEVEL])
+        logits = self.unet.segmentation_head(self.unet.decoder(features))
+        tapped, self._tapped = self._tapped, None
+        return StudentOutput(logits, features[TAP_LEVEL] if tapped is None else tapped)
+
+    def _keep(self, block: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        self._tapped = output
+
+
+def _parameters_of_last_levels(encoder: Any, levels: int) -> list[nn.Parameter]:
+    """Parameters that the last features depend on and the ones before do not, by differentiating.
+
+    An encoder may hold parameters that no feature uses (smp keeps EfficientNet's conv_head);
+    those are in no level.
+    """
+    if not levels:
+        return []
+    parameters = list(encoder.parameters())
+    side = 2 * 2**ENCODER_LEVELS
+    encoder.eval()  # BatchNorm must not learn from this
+    features = encoder(torch.zeros(1, 3, side, side))
+
+    def used_by(wanted: Sequence[torch.Tensor]) -> set[int]:
+        total = sum(feature.sum() for feature in wanted if feature.requires_grad)
+        if not isinstance(total, torch.Tensor):
+            return set()
+        gradients = torch.autograd.grad(total, parameters, retain_graph=True, allow_unused=True)
+        return {n for n, gradient in enumerate(gradients) if gradient is not None}
+
+    frozen = used_by(features[: len(features) - levels])
+    return [parameters[n] for n in sorted(used_by(features) - frozen)]
+
+
+def _train_where_trained(module: nn.Module) -> None:
+    """Train mode for the modules all of whose parameters are trained, with all that is in them."""
+    parameters = list(module.parameters())
+    if parameters and all(parameter.requires_grad for parameter in parameters):
+        module.train()
+        return
+    for child in module.children():
+        _train_where_trained(child)
 
 
 class Projection(nn.Sequential):
     """Tap channels to detector channels, 1×1; trained beside the student and never exported."""
+
+    target_mean: torch.Tensor
+    target_std: torch.Tensor
 
     def __init__(self, channels: int, hidden: int, target_channels: int) -> None:
         super().__init__(
@@ -68,15 +131,39 @@ class Projection(nn.Sequential):
             nn.ReLU(),
             nn.Conv2d(hidden, target_channels, 1),
         )
+        # of the detector's channels, when the target is standardised; in the state for `evaluate`
+        self.register_buffer("target_mean", torch.zeros(target_channels, 1, 1))
+        self.register_buffer("target_std", torch.ones(target_channels, 1, 1))
+
+    def standardise(self, features: Iterable[NDArray[np.float32]]) -> None:
+        """Aim at mean 0 and deviation 1 of each channel, over the given (C, h, w) feature maps."""
+        sums, squares, count = np.zeros(0), np.zeros(0), 0
+        for feature in features:
+            values = feature.reshape(len(feature), -1).astype(np.float64)
+            sums = values.sum(1) + (sums if count else 0)
+            squares = (values**2).sum(1) + (squares if count else 0)
+            count += values.shape[1]
+        mean = sums / count
+        deviation = np.sqrt(np.maximum(squares / count - mean**2, 0))
+        # a channel that never varies has nothing to be scaled by
+        deviation[deviation <= 1e-6 * np.abs(mean)] = 1
+        for buffer, of in ((self.target_mean, mean), (self.target_std, deviation)):
+            buffer.copy_(torch.from_numpy(of)[:, None, None])
+
+    def standardised(self, target_NCHW: torch.Tensor) -> torch.Tensor:
+        """The detector's features as this projection is to give them."""
+        return (target_NCHW - self.target_mean) / self.target_std
 
 
-def build_student(encoder: str, weights: str) -> Student:
+def build_student(
+    encoder: str, weights: str, tap: StudentTap = "encoder", trained_levels: int = 0
+) -> Student:
     """A student whose encoder holds `weights`: a file, `imagenet` (hub cache or hub) or `random`.
 
     Decoder and head are initialised from torch's global generator. Raises ModelError when the
     weights cannot be had or do not fit.
     """
-    student = Student(encoder)
+    student = Student(encoder, tap, trained_levels)
     if weights == "random":
         return student
     if weights == "imagenet":

@@ -17,7 +17,7 @@ from kdcache.train import export as export_module
 from kdcache.train import loop
 from kdcache.train.evaluate import evaluate
 from kdcache.train.export import export
-from kdcache.train.overlay import save_overlay
+from kdcache.train.overlay import overlay, shown_rows
 from kdcache.train.run_folder import read_best_student, read_config
 
 
@@ -134,10 +134,13 @@ def test_export_to_a_folder_is_refused(run, tmp_path):
         export(run, tmp_path)
 
 
-def test_overlay_shows_each_row_in_four_columns(cache, run, tmp_path):
-    from PIL import Image
-
+def test_overlay_shows_each_row_in_five_columns(cache, run):
     student, _ = read_best_student(run)
-    save_overlay(tmp_path / "o.jpg", student, cache, cache.rows_of("val")[:2], "cpu")
-    with Image.open(tmp_path / "o.jpg") as picture:
-        assert picture.size == (4 * 242, 18 + 2 * (240 + 18))
+    rows = shown_rows(cache.rows_of("val"))
+    picture = overlay(student, cache, rows, "cpu")
+    assert picture.shape == (18 + len(rows) * (240 + 18), 5 * 242, 3)
+
+
+def test_the_same_few_rows_are_shown_whatever_their_number():
+    assert shown_rows(range(100)) == [0, 33, 66, 99]
+    assert shown_rows([7, 9]) == [7, 9]

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from kdcache.cache.reader import Cache
 from kdcache.config import TrainConfig
 from kdcache.errors import DeviceMemoryError, ModelError, ProviderError, RunError
-from kdcache.train import loop
-from kdcache.train.run_folder import read_checkpoint
+from kdcache.precompute.dataset import unlabelled_dataset
+from kdcache.precompute.extract import extract
+from kdcache.train import loop, losses
+from kdcache.train.run_folder import read_checkpoint, read_config
 from kdcache.train.student import build_student
 
 FAST = {"encoder_weights": "random", "epochs": 3, "batch_size": 3, "learning_rate": 3e-3}
@@ -47,7 +53,6 @@ def state_digest(run):
     for moments in state["optimizer"]["state"].values():
         for value in moments.values():
             digest.update(value.numpy().tobytes())
-    digest.update(state["rng"].numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -81,7 +86,7 @@ def test_losses_fall_and_the_folder_is_complete(run):
         "student_last.safetensors",
         "checkpoints/best.pt",
         "checkpoints/last.pt",
-        "visualizations/last.jpg",
+        "visualizations/epoch_003.jpg",
     ):
         assert (run / name).stat().st_size > 0, name
 
@@ -111,14 +116,14 @@ def test_resume_continues_as_if_never_stopped(cache, tmp_path, monkeypatch, chan
     """Stopped in the middle of the second epoch, then resumed, equals one go: bit for bit."""
     train(cache, tmp_path / "whole", **changes)
     steps_an_epoch = -(-len(cache.rows_of("train")) // FAST["batch_size"])
-    step, calls = loop._step, iter(range(99))
+    step, calls = loop.take_step, iter(range(99))
 
     def stop_in_second_epoch(*arguments):
         if next(calls) == steps_an_epoch + 1:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGTERM)
         return step(*arguments)
 
-    monkeypatch.setattr(loop, "_step", stop_in_second_epoch)
+    monkeypatch.setattr(loop, "take_step", stop_in_second_epoch)
     with pytest.raises(KeyboardInterrupt):
         train(cache, tmp_path / "run", **changes)
     monkeypatch.undo()
@@ -128,16 +133,20 @@ def test_resume_continues_as_if_never_stopped(cache, tmp_path, monkeypatch, chan
     assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
 
 
-def test_resume_ignores_rows_added_later(standins, cache, run, tmp_path):
+def test_resume_ignores_rows_added_later(standins, tmp_path, monkeypatch):
     standins.extract(tmp_path / "c", limit=6)
     growing = Cache(tmp_path / "c")
     train(growing, tmp_path / "alone", epochs=2)
-    train(growing, tmp_path / "run", epochs=2)
-    path = tmp_path / "run/checkpoints/last.pt"
-    state = read_checkpoint(path)
-    assert len(state["history"]) == 2
-    for name in ("checkpoints/last.pt", "checkpoints/best.pt", "metrics.jsonl"):
-        (tmp_path / "run" / name).unlink()  # as if killed in the first epoch
+    step = loop.take_step
+
+    def stop_at_once(*arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        return step(*arguments)
+
+    monkeypatch.setattr(loop, "take_step", stop_at_once)
+    with pytest.raises(KeyboardInterrupt):
+        train(growing, tmp_path / "run", epochs=2)
+    monkeypatch.undo()
     standins.extract(tmp_path / "c")
     assert len(Cache(tmp_path / "c")) == 10
     train(growing, tmp_path / "run", epochs=2, resume=True)
@@ -187,6 +196,137 @@ def test_feature_weight_zero_reads_no_feature_byte(cache, tmp_path, monkeypatch)
     assert "train_feature" not in metrics(tmp_path / "run")[0]
 
 
+@pytest.mark.parametrize(
+    "changes", [{"student_tap": "decoder"}, {"train_encoder": "last:3"}], ids=["decoder", "encoder"]
+)
+def test_elsewhere_the_feature_weight_changes_the_student(cache, tmp_path, caplog, changes):
+    for weight in (0.0, 5.0):
+        train(cache, tmp_path / f"{weight}", feature_weight=weight, epochs=1, **changes)
+    assert "trains only the projection" not in caplog.text
+    without, with_features = (
+        load_file(tmp_path / f"{weight}/student_last.safetensors") for weight in (0.0, 5.0)
+    )
+    assert any(not torch.equal(without[key], with_features[key]) for key in without)
+    frozen = [key for key in without if key.startswith("encoder.blocks.0")]
+    torch.manual_seed(0)
+    start = build_student(config().student_encoder, "random").unet.state_dict()
+    assert all(torch.equal(with_features[key], start[key]) for key in frozen)
+
+
+def test_the_reach_of_each_loss_is_shown_at_the_start(cache, tmp_path, caplog):
+    with caplog.at_level("INFO", logger="kdcache"):
+        train(cache, tmp_path / "run", epochs=1)
+    (table,) = (r.message for r in caplog.records if r.message.startswith("parameters reached by"))
+    assert [line.split()[0] for line in table.splitlines()[1:]] == [
+        "kl",
+        "mse",
+        "bce",
+        "dice",
+        "feature",
+    ]
+
+
+def test_init_from_begins_with_the_best_student_of_another_run(cache, run, tmp_path, caplog):
+    def begin(name, **changes):
+        settings = config(epochs=1, **(changes | {"learning_rate": 1e-30}))
+        loop.train(cache.path, tmp_path / name, settings, device="cpu", init_from=run)
+        return read_checkpoint(tmp_path / name / "checkpoints/last.pt")
+
+    best = read_checkpoint(run / "checkpoints/best.pt")
+    state = begin("same")
+    weights = [k for k in best["student"] if "running" not in k and "num_batches" not in k]
+    assert all(torch.equal(best["student"][k], state["student"][k]) for k in weights)
+    assert torch.equal(best["projection"]["0.weight"], state["projection"]["0.weight"])
+    begin("other", projection_hidden_dim=16)
+    assert "its projection has another shape" in caplog.text
+    with pytest.raises(RunError, match="has the encoder timm-efficientnet-b0"):
+        begin("resnet", student_encoder="resnet18")
+
+
+def test_extend_goes_on_to_more_epochs_and_keeps_that(cache, run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    with pytest.raises(RunError, match="give more of them and --extend"):
+        train(cache, tmp_path / "run", resume=True, epochs=4)
+    longer = config(epochs=4)
+    loop.train(cache.path, tmp_path / "run", longer, device="cpu", resume=True, extend=True)
+    assert [line["epoch"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4]
+    assert metrics(tmp_path / "run")[:3] == metrics(run)
+    assert read_config(tmp_path / "run").epochs == 4
+    with pytest.raises(RunError, match="epochs = 4, now 2"):
+        loop.train(cache.path, tmp_path / "run", config(epochs=2), resume=True, extend=True)
+
+
+def test_resume_refuses_other_rows_in_the_place_of_its_own(standins, tmp_path):
+    standins.extract(tmp_path / "c", limit=4)
+    train(Cache(tmp_path / "c"), tmp_path / "run", epochs=1, feature_weight=0.0)
+    shutil.rmtree(tmp_path / "c")
+    standins.extract(tmp_path / "c", limit=4, val_fraction=0.9)
+    with pytest.raises(RunError, match=r"rows of shard 0 are not those that .* was started with"):
+        train(Cache(tmp_path / "c"), tmp_path / "run", epochs=1, feature_weight=0.0, resume=True)
+
+
+def test_a_second_signal_interrupts_at_once_and_the_run_resumes(cache, run, tmp_path, monkeypatch):
+    step, calls = loop.take_step, iter(range(99))
+
+    def stop_twice(*arguments):
+        if next(calls) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(*arguments)
+
+    monkeypatch.setattr(loop, "take_step", stop_twice)
+    with pytest.raises(KeyboardInterrupt):
+        train(cache, tmp_path / "run")
+    assert next(calls) == 2
+    monkeypatch.undo()
+    train(cache, tmp_path / "run", resume=True)
+    assert state_digest(tmp_path / "run") == state_digest(run)
+
+
+def test_unlabelled_rows_train_from_the_teacher_and_features_alone(standins, tmp_path):
+    """In one cache with labelled ones: batches hold both kinds."""
+    standins.extract(tmp_path / "c", limit=4, val_fraction=0.0)
+    settings = standins.config(val_fraction=0.0)
+    dataset = unlabelled_dataset(standins.images)
+    extract(settings, dataset, tmp_path / "c", device="cpu", limit=8)
+    cache = Cache(tmp_path / "c")
+    masks = [np.unique(row.mask).tolist() for row in cache]
+    assert masks[4:] == [[255]] * 4
+    train(cache, tmp_path / "run", epochs=2, batch_size=2)
+    for line in metrics(tmp_path / "run"):
+        assert line["labelled_fraction"] == 0.5
+        assert 0 < line["train_dice"] < 1
+    extract(settings, dataset, tmp_path / "alone", device="cpu", limit=4)
+    train(Cache(tmp_path / "alone"), tmp_path / "run2", epochs=1)
+    (line,) = metrics(tmp_path / "run2")
+    assert (line["labelled_fraction"], line["train_bce"], line["train_dice"]) == (0.0, None, None)
+    assert line["train_kl"] > 0
+
+
+def test_deterministic_mode_gives_the_same_run_and_is_left_again(cache, run, tmp_path):
+    train(cache, tmp_path / "run", deterministic=True)
+    assert state_digest(tmp_path / "run") == state_digest(run)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_accumulated_batches_see_every_row_once(cache, tmp_path):
+    train(cache, tmp_path / "run", epochs=1, batch_size=1, gradient_accumulation=3)
+    state = read_checkpoint(tmp_path / "run/checkpoints/last.pt")
+    steps = {int(value["step"]) for value in state["optimizer"]["state"].values()}
+    assert steps == {-(-len(cache.rows_of("train")) // 3)}
+
+
+def test_curves_and_pictures_of_every_epoch(run):
+    events = EventAccumulator(str(run / "logs"), {"images": 0, "scalars": 0})
+    events.Reload()
+    tags = events.Tags()
+    assert {"train/train_kl", "val/val_student_miou", "pace/lr"} <= set(tags["scalars"])
+    kl = [(event.step, event.value) for event in events.Scalars("train/train_kl")]
+    assert kl == [(line["epoch"], pytest.approx(line["train_kl"])) for line in metrics(run)]
+    assert [event.step for event in events.Images("rows")] == [1, 2, 3]
+    assert len(list((run / "visualizations").glob("epoch_*.jpg"))) == 3
+
+
 def test_temperature_and_learning_rate_follow_their_schedules(cache, tmp_path):
     train(
         cache, tmp_path / "run", temperature_schedule="linear", temperature=5.0, feature_weight=0.0
@@ -214,7 +354,7 @@ def test_best_is_the_epoch_of_the_highest_miou(cache, run):
 
 
 def test_non_finite_loss_stops_with_loss_step_and_samples(cache, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop.losses, "dice", lambda student, mask: student.mean() * float("nan"))
+    monkeypatch.setattr(losses, "dice", lambda student, mask, per: student.mean() * float("nan"))
     with pytest.raises(RunError, match=r"epoch 1/3, step 1: loss dice is nan on samples scene_\d+"):
         train(cache, tmp_path / "run")
 
@@ -223,7 +363,7 @@ def test_out_of_memory_names_a_remedy(cache, tmp_path, monkeypatch):
     def exhausted(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(loop, "_step", exhausted)
+    monkeypatch.setattr(loop, "take_step", exhausted)
     with pytest.raises(DeviceMemoryError, match="lower --batch-size"):
         train(cache, tmp_path / "run")
 

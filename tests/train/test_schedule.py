@@ -55,3 +55,9 @@ def test_single_epoch_uses_the_final_temperature_and_none_stays_fixed():
     fixed = TrainConfig(epochs=5, temperature=3.0, final_temperature=1.0)
     assert [schedule.temperature(fixed, epoch) for epoch in range(5)] == [3.0] * 5
     assert fixed.last_temperature == 3.0
+
+
+def test_warm_up_rises_linearly_to_the_schedule():
+    config = TrainConfig(epochs=10, learning_rate=1.0, min_lr=0.0, warmup_steps=3)
+    rates = [schedule.learning_rate(config, 0, step) for step in range(5)]
+    assert rates == [0.25, 0.5, 0.75, 1.0, 1.0]

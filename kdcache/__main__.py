@@ -1,0 +1,5 @@
+"""`python -m kdcache`, which torchrun can start."""
+
+from kdcache.cli import main
+
+main()

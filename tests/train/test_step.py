@@ -1,0 +1,189 @@
+"""One step: in parts or in processes it is the step of all images at once; halves, clipping, seeds."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import distributed
+
+from kdcache.cache.reader import Cache
+from kdcache.config import TrainConfig
+from kdcache.errors import RunError
+from kdcache.imaging import IGNORE
+from kdcache.train.loader import Batch, read_batches
+from kdcache.train.loop import _steps
+from kdcache.train.parallel import Processes, joined
+from kdcache.train.run_folder import State
+from kdcache.train.step import Trainee, all_losses, build_optimizer, take_step, weighted
+from kdcache.train.student import Projection, build_student
+
+CONFIG = TrainConfig(encoder_weights="random", projection_hidden_dim=16, learning_rate=3e-3)
+
+
+def new_state(channels: int, config: TrainConfig = CONFIG, scale: float = 0.0) -> State:
+    torch.manual_seed(0)
+    student = build_student(
+        config.student_encoder, "random", config.student_tap, config.trained_levels
+    )
+    projection = Projection(student.tap_channels, config.projection_hidden_dim, channels)
+    return State(
+        student=student,
+        projection=projection,
+        optimizer=build_optimizer(student, projection, config),
+        scaler=torch.amp.GradScaler("cpu", enabled=scale > 0, init_scale=scale or 1.0),
+    )
+
+
+def some_batches(path: Path) -> list[Batch]:
+    """Two batches of two rows; the second has an unlabelled image and a partly ignored one."""
+    cache = Cache(path)
+    rows = cache.rows_of("train")
+    batches = list(read_batches(cache, [rows[:2], rows[2:4]], "cpu", cache.taps))
+    batches[1].mask[0] = IGNORE
+    batches[1].mask[1, :, :20] = IGNORE
+    return batches
+
+
+def gradients(state: State) -> dict[str, torch.Tensor]:
+    return {
+        f"{name}.{key}": p.grad.clone()
+        for name, module in (("student", state.student), ("projection", state.projection))
+        for key, p in module.named_parameters()
+        if p.grad is not None
+    }
+
+
+def trained(state: State, batches: list[Batch], config: TrainConfig = CONFIG, **options):
+    trainee = Trainee(state.student, state.projection).train()
+    return take_step(trainee, state, batches, config, 3.0, Processes(), **options)
+
+
+def test_two_batches_in_one_step_divide_by_what_both_hold(cache):
+    """Against one graph over both outputs, the losses of the concatenated images."""
+    batches = some_batches(cache.path)
+    channels = cache.manifest.taps[0].shape[0]
+    config = CONFIG.model_copy(update={"grad_clip": 0.0})
+    ours, reference = new_state(channels), new_state(channels)
+    values = trained(ours, batches, config)
+    reference.student.train()
+    outputs = [Trainee(reference.student, reference.projection)(b.image) for b in batches]
+    joint = Batch(
+        image=torch.cat([b.image for b in batches]),
+        mask=torch.cat([b.mask for b in batches]),
+        logits=torch.cat([b.logits for b in batches]),
+        features={t: torch.cat([b.features[t] for b in batches]) for t in cache.taps},
+        keys=[key for b in batches for key in b.keys],
+    )
+    output = type(outputs[0])(*(torch.cat(parts) for parts in zip(*outputs, strict=True)))
+    expected = all_losses(output, reference.projection, joint, config, 3.0)
+    for name, loss in expected.items():
+        assert values[name] == pytest.approx(loss.item(), rel=1e-5)
+    assert (values["images"], values["labelled_images"]) == (4, 3)
+    weighted(expected, config).backward()
+    theirs = gradients(reference)
+    for key, gradient in gradients(ours).items():
+        assert torch.allclose(gradient, theirs[key], rtol=1e-3, atol=1e-6), key
+
+
+def _one_of_two(rank: int, port: int, path: Path, out: Path) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    batches = some_batches(path)
+    with joined("cpu") as (processes, device):
+        assert (processes.count, processes.rank, device) == (2, rank, "cpu")
+        state = new_state(Cache(path).manifest.taps[0].shape[0])
+        model = processes.wrap(Trainee(state.student, state.projection)).train()
+        for _ in range(3):
+            values = take_step(model, state, [batches[rank]], CONFIG, 3.0, processes)
+        assert processes.any(rank == 1, "cpu")
+        assert not processes.any(False, "cpu")
+        torch.save((values, gradients(state)), out / f"{rank}.pt")
+        distributed.barrier()
+
+
+def test_two_processes_step_as_one_that_adds_up_both_halves(cache, tmp_path, free_port):
+    """Bit for bit: both divide by the pixels, labelled pixels and images of all four rows."""
+    context = multiprocessing.get_context("spawn")
+    pair = [
+        context.Process(target=_one_of_two, args=(rank, free_port, cache.path, tmp_path))
+        for rank in range(2)
+    ]
+    for process in pair:
+        process.start()
+    for process in pair:
+        process.join()
+        assert process.exitcode == 0
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    state = new_state(cache.manifest.taps[0].shape[0])
+    for _ in range(3):
+        expected = trained(state, some_batches(cache.path))
+    torch.set_num_threads(threads)
+    for rank in range(2):
+        values, found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert values == pytest.approx(expected, rel=1e-6)
+        assert all(torch.equal(found[k], g) for k, g in gradients(state).items())
+
+
+def test_each_row_is_in_one_process_and_every_process_has_one():
+    config = TrainConfig(batch_size=3, gradient_accumulation=2)
+    for rows in range(3, 60):
+        for count in (1, 2, 3):
+            plans = [_steps(range(rows), config, Processes(rank, count)) for rank in range(count)]
+            assert len({len(plan) for plan in plans}) == 1
+            used = [row for plan in plans for step in plan for batch in step for row in batch]
+            assert sorted(used) == list(range(rows))
+            assert all(batch for plan in plans for step in plan for batch in step)
+            assert max(len(batch) for plan in plans for step in plan for batch in step) <= 3
+
+
+def test_one_process_takes_the_batches_in_order():
+    plan = _steps(range(7), TrainConfig(batch_size=2), Processes())
+    assert plan == [[[0, 1]], [[2, 3]], [[4, 5]], [[6]]]
+
+
+@pytest.mark.parametrize("half", ["bfloat16", "float16"])
+def test_half_precision_trains_close_to_float32(cache, half):
+    config = CONFIG.model_copy(update={"mixed_precision": True, "half_precision": half})
+    channels, batches = cache.manifest.taps[0].shape[0], some_batches(cache.path)[:1]
+    whole = [trained(state, batches)["total"] for state in [new_state(channels)] for _ in range(4)]
+    state = new_state(channels, scale=64.0 if half == "float16" else 0.0)
+    halves = [trained(state, batches, config)["total"] for _ in range(4)]
+    assert halves == pytest.approx(whole, rel=0.05)
+    assert halves[-1] < halves[0]
+
+
+def test_float16_skips_a_step_that_overflows_and_lowers_its_scale(cache):
+    config = CONFIG.model_copy(update={"mixed_precision": True, "half_precision": "float16"})
+    state = new_state(cache.manifest.taps[0].shape[0], scale=2.0**126)
+    before = {k: v.clone() for k, v in state.student.unet.decoder.named_parameters()}
+    trained(state, some_batches(cache.path)[:1], config)
+    assert all(torch.equal(before[k], v) for k, v in state.student.unet.decoder.named_parameters())
+    assert state.scaler.get_scale() == 2.0**125
+
+
+def test_gradient_that_is_not_finite_stops_before_it_is_applied(cache):
+    state = new_state(cache.manifest.taps[0].shape[0])
+    head = next(state.student.unet.segmentation_head.parameters())
+    head.register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(RunError, match="gradient of the student is not finite"):
+        trained(state, some_batches(cache.path)[:1])
+    assert torch.isfinite(head).all()
+
+
+def test_student_and_projection_are_clipped_apart(cache):
+    channels, batches = cache.manifest.taps[0].shape[0], some_batches(cache.path)[:1]
+    norms = []
+    for weight in (0.5, 500.0):
+        state = new_state(channels)
+        trained(state, batches, CONFIG.model_copy(update={"feature_weight": weight}))
+        parts = [[p.grad for p in m.parameters() if p.grad is not None]
+                 for m in (state.student, state.projection)]  # fmt: skip
+        norms.append([float(torch.nn.utils.get_total_norm(part)) for part in parts])
+    assert norms[0][0] == norms[1][0]
+    assert max(norms[1]) <= 0.5 * 1.001
