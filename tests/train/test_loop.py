@@ -316,6 +316,28 @@ def test_accumulated_batches_see_every_row_once(cache, tmp_path):
     assert steps == {-(-len(cache.rows_of("train")) // 3)}
 
 
+def test_torchrun_trains_as_one_process_that_accumulates(cache, tmp_path, free_port):
+    """The command as a user gives it; what the optimiser trains is equal bit for bit."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    command += [f"--master-port={free_port}", "-m", "kdcache", "train", str(cache.path)]
+    command += ["--out", str(tmp_path / "two"), "--epochs", "2", "--batch-size", "2"]
+    command += ["--encoder-weights", "random", "--device", "cpu", "--set", "learning_rate=3e-3"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("best is epoch") == 1
+    assert done.stderr.count("trains only the projection") == 1
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as torchrun's processes: sums over threads depend on their number
+    train(cache, tmp_path / "one", epochs=2, batch_size=2, gradient_accumulation=2)
+    torch.set_num_threads(threads)
+    two, one = (read_checkpoint(tmp_path / name / "checkpoints/last.pt") for name in ("two", "one"))
+    for network in ("student", "projection"):
+        trained = [k for k in one[network] if "running_" not in k and "num_batches" not in k]
+        assert all(torch.equal(one[network][key], two[network][key]) for key in trained)
+    for ours, theirs in zip(one["history"], two["history"], strict=True):
+        assert ours["train_total"] == pytest.approx(theirs["train_total"], rel=1e-6)
+
+
 def test_curves_and_pictures_of_every_epoch(run):
     events = EventAccumulator(str(run / "logs"), {"images": 0, "scalars": 0})
     events.Reload()

@@ -19,15 +19,21 @@ def mask_of(seed, shape=(3, 1, 8, 8)):
     return torch.randint(0, 2, shape, generator=torch.Generator().manual_seed(seed)).byte()
 
 
-def check(ours, reference, student):
-    """Equal value and equal gradient; the reference is computed in float64."""
-    single = student.clone().requires_grad_()
-    double = student.double().requires_grad_()
-    value, expected = ours(single), reference(double)
-    assert torch.allclose(value.double(), expected, rtol=1e-5, atol=1e-7)
-    value.backward()
-    expected.backward()
-    assert torch.allclose(single.grad.double(), double.grad, rtol=1e-4, atol=1e-7)
+def check(ours, reference, student, wide=True):
+    """Equal value and equal gradient; the reference is computed in float64.
+
+    For the given values, for `wide` ones of up to ±60, and for both as autocast gives them.
+    """
+    for values in (student, (20 * student).clamp(-60, 60))[: 1 + wide]:
+        for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 2**-8)):
+            ours_leaf = values.detach().to(dtype).clone().requires_grad_()
+            double = ours_leaf.detach().double().requires_grad_()
+            value, expected = ours(ours_leaf), reference(double)
+            assert value.dtype == torch.float32
+            assert torch.allclose(value.double(), expected, rtol=1e-5, atol=1e-7)
+            value.backward()
+            expected.backward()
+            assert torch.allclose(ours_leaf.grad.double(), double.grad, rtol=tolerance, atol=1e-7)
 
 
 @pytest.mark.parametrize("scale", ["T", "T2", "1"])
@@ -44,18 +50,23 @@ def test_kl_equals_torch_distributions(scale, temperature):
         lambda z: losses.kl(z, teacher, mask, temperature=temperature, scale=scale),
         reference,
         logits(0),
+        wide=False,
     )
 
 
-def test_kl_equals_cross_entropy_minus_entropy_for_logits_up_to_60():
+@pytest.mark.parametrize("scale", ["T", "T2", "1"])
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_kl_equals_cross_entropy_minus_entropy_for_logits_up_to_60(temperature, scale):
     """torch.distributions gives inf here: its probabilities saturate."""
     teacher, mask = logits(1, 20).clamp(-60, 60), mask_of(2)
-    p = torch.sigmoid(teacher.double())
+    softened = teacher.double() / temperature
+    p = torch.sigmoid(softened)
+    factor = {"T": temperature, "T2": temperature**2, "1": 1}[scale]
     entropy = torch.nn.functional.binary_cross_entropy_with_logits
     check(
-        lambda z: losses.kl(z, teacher, mask, temperature=1.0, scale="1"),
-        lambda z: entropy(z, p) - entropy(teacher.double(), p),
-        logits(0, 20).clamp(-60, 60),
+        lambda z: losses.kl(z, teacher, mask, temperature=temperature, scale=scale),
+        lambda z: factor * (entropy(z / temperature, p) - entropy(softened, p)),
+        logits(0),
     )
 
 
@@ -117,17 +128,6 @@ def test_feature_losses_equal_torch():
     check(lambda f: losses.feature_cosine(f, target), cosine, start)
 
 
-def test_losses_of_half_precision_logits_are_float32():
-    student, teacher, mask = logits(0).bfloat16(), logits(1), mask_of(2)
-    for value in (
-        losses.kl(student, teacher, mask, temperature=3.0, scale="T"),
-        losses.mse(student, teacher, mask),
-        losses.bce(student, mask),
-        losses.dice(student, mask),
-    ):
-        assert value.dtype == torch.float32
-
-
 def all_losses(student, teacher, mask):
     return {
         "kl": losses.kl(student, teacher, mask, temperature=3.0, scale="T"),
@@ -175,3 +175,24 @@ def test_dice_averages_over_labelled_images_only():
     mixed[1:] = IGNORE
     alone = losses.dice(student[:1], mask[:1])
     assert float(losses.dice(student, mixed)) == pytest.approx(float(alone), rel=1e-6)
+
+
+def test_losses_of_parts_add_up_to_the_loss_of_the_whole():
+    """Of any parts: other sizes, an unlabelled image, padding, ignored pixels."""
+    student, teacher, mask = logits(0), logits(1), mask_of(2)
+    mask[0], mask[1, :, 5:], mask[2, :, :3] = IGNORE, PADDING, IGNORE
+    projected, target = logits(3, shape=(3, 5, 4, 4)), logits(4, shape=(3, 5, 4, 4))
+    parts, per = (slice(0, 1), slice(1, 3)), losses.counts(mask)
+    assert [float(count) for count in per] == [3, 2, 3 * 64 - 24, 64 - 24 + 64 - 24]
+
+    def of(loss, *arguments, **options):
+        whole = loss(*arguments, **options)
+        added = sum(loss(*(a[p] for a in arguments), per=per, **options) for p in parts)
+        assert float(added) == pytest.approx(float(whole), rel=1e-5)
+
+    of(losses.kl, student, teacher, mask, temperature=3.0, scale="T")
+    of(losses.mse, student, teacher, mask)
+    of(losses.bce, student, mask)
+    of(losses.dice, student, mask)
+    of(losses.feature_mse, projected, target)
+    of(losses.feature_cosine, projected, target)
