@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -263,6 +264,43 @@ def test_resume_refuses_other_rows_in_the_place_of_its_own(standins, tmp_path):
     standins.extract(tmp_path / "c", limit=4, val_fraction=0.9)
     with pytest.raises(RunError, match=r"rows of shard 0 are not those that .* was started with"):
         train(Cache(tmp_path / "c"), tmp_path / "run", epochs=1, feature_weight=0.0, resume=True)
+
+
+def _train_until_killed(path, out, changes):
+    """Saves after every step, and is killed after the fourth."""
+    loop._SAVE_EVERY_S = 0.0
+    step, calls = loop.take_step, iter(range(99))
+
+    def die_at_the_fifth(*arguments):
+        if next(calls) == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(*arguments)
+
+    loop.take_step = die_at_the_fifth
+    loop.train(path, out, config(**changes), device="cpu")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"train_encoder": "all"}, {"mixed_precision": True, "student_tap": "decoder"}],
+    ids=["float32", "bfloat16"],
+)
+def test_killed_run_resumes_bit_for_bit(cache, tmp_path, changes):
+    """With stochastic depth in the trained encoder: its seeds come from the position."""
+    changes |= {"batch_size": 2, "epochs": 2}
+    train(cache, tmp_path / "whole", **changes)
+    process = multiprocessing.get_context("spawn").Process(
+        target=_train_until_killed, args=(cache.path, tmp_path / "run", changes)
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    saved = read_checkpoint(tmp_path / "run/checkpoints/last.pt")
+    steps_an_epoch = -(-len(cache.rows_of("train")) // 2)
+    assert len(saved["history"]) * steps_an_epoch + saved["steps"] == 4
+    train(cache, tmp_path / "run", resume=True, **changes)
+    assert state_digest(tmp_path / "run") == state_digest(tmp_path / "whole")
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
 
 
 def test_a_second_signal_interrupts_at_once_and_the_run_resumes(cache, run, tmp_path, monkeypatch):
