@@ -175,14 +175,15 @@ def _train_epochs(run: _Run, state: State) -> None:
             }
             if run.processes.leads:
                 metrics |= _validate(run, state, temperature)
+                picture = overlay(state.student, run.cache, shown, run.device)
+                save(run.picture(epoch + 1), picture, "JPEG")
                 metrics["epoch_s"] = time.monotonic() - started
             state.history.append(metrics)
             state.steps, state.sums = 0, {}
             if run.processes.leads:
-                save_epoch(run.out, state, config, run.cache)
-                picture = overlay(state.student, run.cache, shown, run.device)
-                save(run.picture(epoch + 1), picture, "JPEG")
+                # The checkpoint last: a stop before it repeats the epoch's end, and its curves.
                 curves.add(metrics, picture)
+                save_epoch(run.out, state, config, run.cache)
                 log.info("epoch %d/%d: %s", epoch + 1, config.epochs, _line(metrics))
                 for sign in advice(state.history, config):
                     log.warning("epoch %d: %s", epoch + 1, sign)

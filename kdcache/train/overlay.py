@@ -12,7 +12,7 @@ from kdcache.drawing import U8, compared, lit, masked, sheet
 from kdcache.train.loader import read_batches
 from kdcache.train.student import Student
 
-_TITLES = ("photo", "mask", "teacher", "student", "differ (red: student only, blue: teacher)")
+_TITLES = ("photo", "mask", "teacher", "student", "red: student only, blue: teacher only")
 _ROWS = 4
 
 
