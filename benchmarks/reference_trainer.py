@@ -1,11 +1,11 @@
 """The trainer that kdcache replaces, written apart from it: both frozen networks run in every step.
 
-    .venv/bin/python benchmarks/reference_trainer.py --images DIR --masks DIR --yolo FILE.onnx \
-        --tap NAME --teacher FILE.onnx [--size 64 --steps 20]
+    .venv/bin/python benchmarks/reference_trainer.py --images DIR --masks DIR --yolo FILE.onnx \\
+        --tap NAME --teacher FILE.onnx [--size 64 --epochs 2]
 
-Trains online and from caches of several precisions, and prints how far the losses are apart: by
-definition nothing for a float32 cache on the CPU. It shares no code with kdcache's stage two; the
-losses are written out as in docs/losses.md, for images that are labelled in full.
+On the CPU, from a random student; prints the losses of each step. It shares no code with kdcache:
+the losses are written out as in docs/losses.md, for images that are labelled in full.
+tests/test_online_equals_cached.py holds it and a float32 cache equal bit for bit.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import click
 import cv2
 import numpy as np
 import onnx
@@ -161,3 +162,32 @@ def session(model: bytes) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.option("--images", type=click.Path(path_type=Path), required=True, help="Folder of photos.")
+@click.option("--masks", type=click.Path(path_type=Path), required=True, help="STEM.png of each.")
+@click.option("--yolo", type=click.Path(path_type=Path), required=True)
+@click.option("--tap", required=True)
+@click.option("--teacher", type=click.Path(path_type=Path), required=True)
+@click.option("--size", default=640)
+@click.option("--batch-size", default=4)
+@click.option("--epochs", default=1)
+def main(images: Path, masks: Path, yolo: Path, tap: str, teacher: Path, **settings: int) -> None:
+    """Train online and print the losses of each step."""
+    photos = sorted(path for path in images.iterdir() if path.is_file())
+    online = Online(
+        images=photos,
+        masks=[masks / f"{photo.stem}.png" for photo in photos],
+        detector=yolo,
+        tap=tap,
+        teacher=teacher,
+        **settings,
+    )
+    online.train()
+    for step, losses in enumerate(online.losses, 1):
+        click.echo(f"{step}: " + ", ".join(f"{name} {value:.6g}" for name, value in losses.items()))
+
+
+if __name__ == "__main__":
+    main()

@@ -14,13 +14,11 @@ from typing import Any
 import click
 
 from kdcache import __version__
-from kdcache.errors import CacheError, KdcacheError
+from kdcache.errors import KdcacheError
 
 EXIT_FAILED, EXIT_SKIPPED = 1, 3
 
 Command = Callable[..., Any]
-
-log = logging.getLogger(__name__)
 
 
 class _Group(click.Group):
@@ -290,34 +288,25 @@ def verify(
     stored must lie within the stated error of its precision, and 1e-3 of a channel's largest
     value for what another device may round. Exit status 1 when anything is not as it was written.
     """
-    from kdcache.cache.verify import verify as verify_cache
     from kdcache.report import verify_text
 
     if yolo or teacher:
-        from kdcache.cache.format import read_root
-        from kdcache.precompute.recheck import recheck, refuse_other_models
+        from kdcache.precompute.recheck import verify_with_models
 
-        try:
-            fingerprint = read_root(cache).manifest.fingerprint
-        except CacheError:
-            pass  # it goes into the report
-        else:  # before every byte is read, which takes long
-            refuse_other_models(fingerprint, {"yolo_sha256": yolo, "teacher_sha256": teacher})
-    report = verify_cache(cache, workers=workers, progress=True)
-    if (yolo or teacher) and report.ok and report.rows:
-        report = recheck(
-            report,
+        report = verify_with_models(
+            cache,
             yolo=yolo,
             teacher=teacher,
             rows=rows,
             seed=seed,
             device=device,
+            workers=workers,
             progress=True,
         )
-    elif yolo or teacher:
-        log.warning(
-            "the models were not run: the cache %s", "is empty" if report.ok else "is damaged"
-        )
+    else:
+        from kdcache.cache.verify import verify as verify_cache
+
+        report = verify_cache(cache, workers=workers, progress=True)
     _print(report, as_json, verify_text)
     if not report.ok:
         sys.exit(EXIT_FAILED)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import signal
 import threading
-from types import FrameType, TracebackType
-from typing import Any, Self
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Self
 
 log = logging.getLogger(__name__)
 
@@ -15,28 +17,26 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """While it is entered, the first SIGINT or SIGTERM only sets `asked`; a second one interrupts.
-
-    Outside the main thread, where Python delivers no signals, it does nothing.
-    """
+    """Whether somebody asked this process to stop."""
 
     def __init__(self) -> None:
         self.asked = False
-        self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._ask) for number in _SIGNALS}
-        return self
+    @contextmanager
+    def listening(self) -> Iterator[Self]:
+        """Inside the block the first SIGINT or SIGTERM only sets `asked`; a second one interrupts.
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        Outside the main thread, where Python delivers no signals, nothing is set.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        before = {number: signal.signal(number, self._ask) for number in _SIGNALS}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self.asked:

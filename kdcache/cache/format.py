@@ -194,9 +194,9 @@ def read_commit(path: Path, manifest: str) -> Commit:
     return commit
 
 
-def lost_shards(root: Root, commits: Iterable[Commit]) -> list[int]:
-    """Numbers of shards that were committed once and have no record now."""
-    return sorted(set(range(root.shards)) - {commit.shard for commit in commits})
+def lost_shards(root: Root, shards: Iterable[int]) -> list[int]:
+    """Shards that were committed once and have no record now; `shards` are those that have one."""
+    return sorted(set(range(root.shards)).difference(shards))
 
 
 def group_document(attributes: Mapping[str, Any]) -> bytes:

@@ -13,8 +13,6 @@ from kdcache.cache.reader import Cache
 from kdcache.drawing import U8, lit, masked, save, sheet
 from kdcache.errors import CacheError
 
-F32 = NDArray[np.float32]
-
 # Colours span these percentiles of each component; the tails saturate.
 _PERCENTILES = (1, 99)
 

@@ -42,7 +42,7 @@ class Cache:
         root = read_root(self.path)
         self.manifest: Manifest = root.manifest
         commits = read_commits(self.path, root.manifest)
-        if lost := lost_shards(root, commits):
+        if lost := lost_shards(root, [commit.shard for commit in commits]):
             log.warning(
                 "%s has lost the commit records of shards %s and the rows in them: restore them "
                 "from a backup, or run `kdcache extract` again",

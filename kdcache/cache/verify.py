@@ -23,6 +23,7 @@ from kdcache.cache.format import (
     RowKey,
     commit_path,
     commit_paths,
+    lost_shards,
     manifest_digest,
     parse_row,
     read_commit,
@@ -181,8 +182,7 @@ def _check_commits(path: Path, root: Root) -> tuple[list[Commit], list[Problem]]
                 problem = f"row {tuple(key)} is in shard {seen[key]} too"
                 bad.append(Problem(path=name, problem=problem, rows=[key.sample_id]))
             seen[key] = commit.shard
-    records = {int(file.parent.name) for file in commit_paths(path)}
-    for shard in sorted(set(range(root.shards)) - records):
+    for shard in lost_shards(root, [int(file.parent.name) for file in commit_paths(path)]):
         problem = "is gone, and with it the rows of its shard; the next extraction computes them"
         bad.append(Problem(path=commit_path(Path(), shard).as_posix(), problem=problem))
     return commits, bad

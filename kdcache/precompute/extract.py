@@ -123,7 +123,7 @@ def extract(
         )
         raise DatasetError(f"none of the {len(todo)} images can be used ({reasons})")
     models_ready = time.monotonic()
-    with StopRequest() as stop, CacheWriter(out, manifest) as writer:
+    with StopRequest().listening() as stop, CacheWriter(out, manifest) as writer:
         writer.expect(len(todo))
         before = len(writer.committed)
         rows = itertools.chain([first] if first else [], prepared)

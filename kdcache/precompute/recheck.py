@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -12,14 +13,17 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from kdcache.cache import codecs
+from kdcache.cache.format import read_root
 from kdcache.cache.layout import LOGITS, TapSpec
 from kdcache.cache.reader import Cache
-from kdcache.cache.verify import Agreement, Problem, VerifyReport
+from kdcache.cache.verify import Agreement, Problem, VerifyReport, verify
 from kdcache.config import YoloInput
-from kdcache.errors import FingerprintError, ModelError
+from kdcache.errors import CacheError, FingerprintError, ModelError
 from kdcache.precompute.onnx_session import Device, resolve_device, sha256_file
 from kdcache.precompute.teacher import Teacher, encoder_of
 from kdcache.precompute.yolo import Yolo
+
+log = logging.getLogger(__name__)
 
 # Of a channel's largest magnitude plus the map's root mean square: what another execution
 # provider, library version or batch size may change by summing in another order.
@@ -28,7 +32,38 @@ PROVIDER_TOLERANCE = 1e-3
 _SMALLEST_ALLOWED = 1e-60  # a map of zeros allows no error, and nothing is divided by zero
 
 
-def refuse_other_models(fingerprint: Mapping[str, str], files: Mapping[str, Path | None]) -> None:
+def verify_with_models(
+    path: Path,
+    *,
+    yolo: Path | None = None,
+    teacher: Path | None = None,
+    rows: int = 16,
+    seed: int = 0,
+    device: Device = "auto",
+    workers: int = 2,
+    progress: bool = False,
+) -> VerifyReport:
+    """`cache.verify`, then `recheck` with the given models where the cache is sound and has rows.
+
+    A model file that is not the cache's own is refused first: reading every byte takes long.
+    """
+    try:
+        fingerprint = read_root(path).manifest.fingerprint
+    except CacheError:
+        pass  # it goes into the report
+    else:
+        _refuse_other_models(fingerprint, {"yolo_sha256": yolo, "teacher_sha256": teacher})
+    report = verify(path, workers=workers, progress=progress)
+    if not report.ok or not report.rows:
+        why = "is empty" if report.ok else "is damaged"
+        log.warning("the models were not run: the cache %s", why)
+        return report
+    return recheck(
+        report, yolo=yolo, teacher=teacher, rows=rows, seed=seed, device=device, progress=progress
+    )
+
+
+def _refuse_other_models(fingerprint: Mapping[str, str], files: Mapping[str, Path | None]) -> None:
     """Compare model files, by field (`yolo_sha256`, …), with those that a cache was made with."""
     for field, path in files.items():
         if path is None:
@@ -61,7 +96,7 @@ def recheck(
     """
     cache = Cache(report.path)
     size_px, fingerprint = cache.manifest.size_px, cache.manifest.fingerprint
-    refuse_other_models(fingerprint, {"yolo_sha256": yolo, "teacher_sha256": teacher})
+    _refuse_other_models(fingerprint, {"yolo_sha256": yolo, "teacher_sha256": teacher})
     place_on = resolve_device(device)
     compare: dict[str, Callable[[int], _Difference]] = {}
     if yolo is not None:

@@ -33,7 +33,7 @@ def _signs(history: Sequence[Mapping[str, Any]], config: TrainConfig) -> dict[st
             f"the feature loss is {feature:.2g}: the cached features hardly vary; was the detector "
             "fed the right --yolo-input, and is it the right tap? (kdcache info CACHE --png FILE)"
         )
-    if len(history) > SLOW_EPOCHS and config.learning_rate > 0:
+    if len(history) > SLOW_EPOCHS:
         then = history[-1 - SLOW_EPOCHS]["train_total"]
         if then - last["train_total"] < SLOW_FALL * abs(then) and last["epoch"] < config.epochs / 2:
             found["slow"] = (

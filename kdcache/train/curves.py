@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from kdcache.drawing import U8
 
 
 class Curves:
-    """Events of a run, below its folder; a context manager.
+    """Events of a run, below its folder; to be closed.
 
     Epochs after `epochs_done`, written by a process that was stopped, are replaced.
     """
@@ -22,17 +21,6 @@ class Curves:
 
         self._writer: Any = SummaryWriter(str(folder), purge_step=epochs_done + 1)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._writer.close()
-
     def add(self, metrics: Mapping[str, Any], picture: U8) -> None:
         """The metrics of an epoch, by their names in metrics.jsonl, and its picture (H, W, 3)."""
         epoch = metrics["epoch"]
@@ -42,3 +30,7 @@ class Curves:
                 self._writer.add_scalar(f"{group}/{name}", value, epoch)
         self._writer.add_image("rows", picture, epoch, dataformats="HWC")
         self._writer.flush()
+
+    def close(self) -> None:
+        """Write what is left."""
+        self._writer.close()

@@ -88,7 +88,7 @@ def evaluate(run: Path, cache: Cache, split: str = "val", device: str = "auto") 
     """
     config, on = read_config(run), resolve_device(device)
     record = read_record(run)
-    check_cache(run, record, cache, _HARMLESS_CHANGES)
+    check_cache(run, record, cache.path, _HARMLESS_CHANGES)
     student, _ = read_best_student(run, with_tap=True)
     rows = cache.rows_of(split)
     if not rows:

@@ -40,6 +40,7 @@ from kdcache.train.run_folder import (
     start_from,
     start_run,
     write_config,
+    write_metrics,
 )
 from kdcache.train.step import Trainee, build_optimizer, half_dtype, set_learning_rate, take_step
 from kdcache.train.student import TAP_STRIDE, Projection, Student, build_student, resolve_device
@@ -118,9 +119,10 @@ def train(
         if processes.leads:
             if resume:
                 write_config(out, config)  # it may have been extended
+                write_metrics(out, state)  # a crash may have come before them
             else:
                 start_run(out, config, cache, tap, state)
-        with run.stop:
+        with run.stop.listening():
             _train_epochs(run, state)
     return TrainReport(
         run=out,
@@ -161,7 +163,8 @@ def _train_epochs(run: _Run, state: State) -> None:
     shown = shown_rows(run.val_rows or run.train_rows)
     with contextlib.ExitStack() as stack:
         if run.processes.leads:
-            curves = stack.enter_context(Curves(run.out / "logs", len(state.history)))
+            curves = Curves(run.out / "logs", len(state.history))
+            stack.enter_context(contextlib.closing(curves))
         for epoch in range(len(state.history), config.epochs):
             started = time.monotonic()
             temperature = schedule.temperature(config, epoch)

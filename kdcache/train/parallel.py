@@ -29,7 +29,7 @@ class Processes:
         return self.rank == 0
 
     def mean(self, values: Tensor) -> Tensor:
-        """The mean over the processes."""
+        """The mean over the processes; the tensor itself is overwritten with it."""
         if self.count > 1:
             distributed.all_reduce(values)
             values /= self.count

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 import kdcache
+from kdcache.cache.format import read_root
 from kdcache.cache.layout import TapSpec
 from kdcache.cache.reader import Cache
 from kdcache.config import TrainConfig, load
@@ -90,14 +91,14 @@ def open_run(run: Path, config: TrainConfig, resume: bool, extend: bool = False)
 
 
 def check_cache(
-    run: Path, record: dict[str, Any], cache: Cache, may_differ: Collection[str] = ()
+    run: Path, record: dict[str, Any], path: Path, may_differ: Collection[str] = ()
 ) -> None:
     """Raise RunError when a run meets a cache of other models or preprocessing than its own."""
-    fingerprint = cache.manifest.fingerprint
+    fingerprint = read_root(path).manifest.fingerprint
     for name, old in record["fingerprint"].items():
         if name not in may_differ and fingerprint.get(name) != old:
             raise RunError(
-                f"{run} was started from a cache with {name} = {old}, {cache.path} has "
+                f"{run} was started from a cache with {name} = {old}, {path} has "
                 f"{fingerprint.get(name)}; use a cache made as the run's own was"
             )
 
@@ -130,7 +131,7 @@ def seen_cache(run: Path, record: dict[str, Any], path: Path) -> Cache:
 
     Raises RunError when those rows are gone, or others are in their place.
     """
-    check_cache(run, record, Cache(path))
+    check_cache(run, record, path)
     cache = Cache(path, shards=[int(shard) for shard in record["commits"]])
     for commit in cache.commits:
         if commit.sha256 != record["commits"][str(commit.shard)]:
@@ -143,8 +144,7 @@ def seen_cache(run: Path, record: dict[str, Any], path: Path) -> Cache:
 
 def save_progress(run: Path, state: State) -> None:
     """Write all that a resume needs; the file is whole or the one before."""
-    with replacing(run / "checkpoints" / "last.pt") as temporary:
-        torch.save(_content(state), temporary)
+    _save_checkpoint(run / "checkpoints" / "last.pt", state)
 
 
 def save_epoch(run: Path, state: State, config: TrainConfig, cache: Cache) -> None:
@@ -159,13 +159,12 @@ def save_epoch(run: Path, state: State, config: TrainConfig, cache: Cache) -> No
     kinds = ["best", "last"] if state.best_epoch == len(state.history) else ["last"]
     for kind in kinds:
         save_student(run / f"student_{kind}.safetensors", state.student.unet, metadata)
-        with replacing(run / "checkpoints" / f"{kind}.pt") as temporary:
-            torch.save(_content(state), temporary)
+        _save_checkpoint(run / "checkpoints" / f"{kind}.pt", state)
     write_metrics(run, state)
 
 
-def _content(state: State) -> dict[str, Any]:
-    return {
+def _save_checkpoint(path: Path, state: State) -> None:
+    content = {
         "student": state.student.unet.state_dict(),
         "projection": state.projection.state_dict() if state.projection is not None else None,
         "optimizer": state.optimizer.state_dict(),
@@ -174,6 +173,8 @@ def _content(state: State) -> dict[str, Any]:
         "steps": state.steps,
         "sums": state.sums,
     }
+    with replacing(path) as temporary:
+        torch.save(content, temporary)
 
 
 def write_metrics(run: Path, state: State) -> None:
@@ -262,9 +263,10 @@ def start_from(run: Path, state: State) -> None:
     projection = read_best_projection(run, other)
     if state.projection is None or projection is None:
         return
-    weights = projection.state_dict()
-    shapes = {name: tensor.shape for name, tensor in state.projection.state_dict().items()}
-    if shapes == {name: tensor.shape for name, tensor in weights.items()}:
-        state.projection.load_state_dict(weights)
+    own, weights = state.projection.state_dict(), projection.state_dict()
+    if all(own[name].shape == tensor.shape for name, tensor in weights.items()):
+        # the target stays this run's own: the other may not have standardised it
+        target = {name: tensor for name, tensor in own.items() if name.startswith("target_")}
+        state.projection.load_state_dict(weights | target)
     else:
         log.warning("--init-from %s: its projection has another shape; ours starts afresh", run)

@@ -155,17 +155,15 @@ def _update(state: State, config: TrainConfig) -> None:
 
 def _counts(
     batches: Sequence[Batch], processes: Processes
-) -> tuple[losses.Counts | None, dict[str, float]]:
-    """What the losses of this step divide by (None for a single batch), and what it holds in all.
+) -> tuple[losses.Counts, dict[str, float]]:
+    """What the losses of this step divide by, and how many images it holds in all.
 
     Gradients are averaged over the processes, so each divides by its share of all counts.
     """
     counts = torch.stack([torch.stack(losses.counts(batch.mask)) for batch in batches])
     share = processes.mean(counts.sum(0))
     images, labelled = (share[:2] * processes.count).tolist()
-    held = {"images": round(images), "labelled_images": round(labelled)}
-    single = len(batches) == processes.count == 1
-    return (None if single else losses.Counts(*share)), held
+    return losses.Counts(*share), {"images": round(images), "labelled_images": round(labelled)}
 
 
 def _exchanging(model: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:

@@ -107,7 +107,7 @@ def test_command_shows_and_prints_the_agreement(cache, standins):
 
 
 def test_other_or_missing_model_is_refused_before_anything_is_read(cache, tmp_path, monkeypatch):
-    monkeypatch.setattr("kdcache.cache.verify.verify", None)
+    monkeypatch.setattr("kdcache.precompute.recheck.verify", None)
     save_detector(tmp_path / "other.onnx", channels=8, seed=1)
     result = command(cache.path, "--yolo", tmp_path / "other.onnx")
     assert result.exit_code == 1

@@ -1,13 +1,8 @@
-"""Training: learns, resumes without a trace, leaves the encoder alone, needs the cache only."""
+"""Training: learns, leaves the encoder alone, shows what it does, needs the cache only."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import multiprocessing
-import os
 import shutil
-import signal
 import subprocess
 import sys
 
@@ -16,45 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from training import config, metrics, state_digest, train
 
 from kdcache.cache.reader import Cache
-from kdcache.config import TrainConfig
 from kdcache.errors import DeviceMemoryError, ModelError, ProviderError, RunError
 from kdcache.precompute.dataset import unlabelled_dataset
 from kdcache.precompute.extract import extract
 from kdcache.train import loop, losses
-from kdcache.train.run_folder import read_checkpoint, read_config
+from kdcache.train.run_folder import read_checkpoint
 from kdcache.train.student import build_student
-
-FAST = {"encoder_weights": "random", "epochs": 3, "batch_size": 3, "learning_rate": 3e-3}
-
-
-def config(**changes):
-    return TrainConfig(**(FAST | changes))
-
-
-def train(cache, run, resume=False, **changes):
-    return loop.train(cache.path, run, config(**changes), device="cpu", resume=resume)
-
-
-def metrics(run):
-    """What training decides, without what the clock decides."""
-    timings = {"images_per_s", "step_ms", "data_wait_ms", "epoch_s"}
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in timings} for line in lines]
-
-
-def state_digest(run):
-    """Weights, optimiser and random state of the last checkpoint."""
-    state = read_checkpoint(run / "checkpoints/last.pt")
-    digest = hashlib.sha256()
-    for name in ("student", "projection"):
-        for tensor in (state[name] or {}).values():
-            digest.update(tensor.numpy().tobytes())
-    for moments in state["optimizer"]["state"].values():
-        for value in moments.values():
-            digest.update(value.numpy().tobytes())
-    return digest.hexdigest()
 
 
 @pytest.fixture(scope="module")
@@ -106,59 +71,6 @@ def test_same_seed_gives_the_same_bytes_and_another_does_not(cache, run, tmp_pat
     assert metrics(tmp_path / "again") == metrics(run)
     train(cache, tmp_path / "other", seed=1)
     assert state_digest(tmp_path / "other") != state_digest(run)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [{}, {"mixed_precision": True, "feature_weight": 0.0, "epochs": 2}],
-    ids=["float32", "bfloat16"],
-)
-def test_resume_continues_as_if_never_stopped(cache, tmp_path, monkeypatch, changes):
-    """Stopped in the middle of the second epoch, then resumed, equals one go: bit for bit."""
-    train(cache, tmp_path / "whole", **changes)
-    steps_an_epoch = -(-len(cache.rows_of("train")) // FAST["batch_size"])
-    step, calls = loop.take_step, iter(range(99))
-
-    def stop_in_second_epoch(*arguments):
-        if next(calls) == steps_an_epoch + 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(*arguments)
-
-    monkeypatch.setattr(loop, "take_step", stop_in_second_epoch)
-    with pytest.raises(KeyboardInterrupt):
-        train(cache, tmp_path / "run", **changes)
-    monkeypatch.undo()
-    assert len(metrics(tmp_path / "run")) == 1
-    train(cache, tmp_path / "run", resume=True, **changes)
-    assert state_digest(tmp_path / "run") == state_digest(tmp_path / "whole")
-    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
-
-
-def test_resume_ignores_rows_added_later(standins, tmp_path, monkeypatch):
-    standins.extract(tmp_path / "c", limit=6)
-    growing = Cache(tmp_path / "c")
-    train(growing, tmp_path / "alone", epochs=2)
-    step = loop.take_step
-
-    def stop_at_once(*arguments):
-        os.kill(os.getpid(), signal.SIGINT)
-        return step(*arguments)
-
-    monkeypatch.setattr(loop, "take_step", stop_at_once)
-    with pytest.raises(KeyboardInterrupt):
-        train(growing, tmp_path / "run", epochs=2)
-    monkeypatch.undo()
-    standins.extract(tmp_path / "c")
-    assert len(Cache(tmp_path / "c")) == 10
-    train(growing, tmp_path / "run", epochs=2, resume=True)
-    assert state_digest(tmp_path / "run") == state_digest(tmp_path / "alone")
-
-
-def test_a_finished_run_resumes_to_itself(cache, run, tmp_path):
-    shutil.copytree(run, tmp_path / "run")
-    report = train(cache, tmp_path / "run", resume=True)
-    assert report.epochs == 3
-    assert state_digest(tmp_path / "run") == state_digest(run)
 
 
 def test_encoder_is_byte_equal_after_training_and_the_rest_is_not(run):
@@ -225,100 +137,6 @@ def test_the_reach_of_each_loss_is_shown_at_the_start(cache, tmp_path, caplog):
         "dice",
         "feature",
     ]
-
-
-def test_init_from_begins_with_the_best_student_of_another_run(cache, run, tmp_path, caplog):
-    def begin(name, **changes):
-        settings = config(epochs=1, **(changes | {"learning_rate": 1e-30}))
-        loop.train(cache.path, tmp_path / name, settings, device="cpu", init_from=run)
-        return read_checkpoint(tmp_path / name / "checkpoints/last.pt")
-
-    best = read_checkpoint(run / "checkpoints/best.pt")
-    state = begin("same")
-    weights = [k for k in best["student"] if "running" not in k and "num_batches" not in k]
-    assert all(torch.equal(best["student"][k], state["student"][k]) for k in weights)
-    assert torch.equal(best["projection"]["0.weight"], state["projection"]["0.weight"])
-    begin("other", projection_hidden_dim=16)
-    assert "its projection has another shape" in caplog.text
-    with pytest.raises(RunError, match="has the encoder timm-efficientnet-b0"):
-        begin("resnet", student_encoder="resnet18")
-
-
-def test_extend_goes_on_to_more_epochs_and_keeps_that(cache, run, tmp_path):
-    shutil.copytree(run, tmp_path / "run")
-    with pytest.raises(RunError, match="give more of them and --extend"):
-        train(cache, tmp_path / "run", resume=True, epochs=4)
-    longer = config(epochs=4)
-    loop.train(cache.path, tmp_path / "run", longer, device="cpu", resume=True, extend=True)
-    assert [line["epoch"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4]
-    assert metrics(tmp_path / "run")[:3] == metrics(run)
-    assert read_config(tmp_path / "run").epochs == 4
-    with pytest.raises(RunError, match="epochs = 4, now 2"):
-        loop.train(cache.path, tmp_path / "run", config(epochs=2), resume=True, extend=True)
-
-
-def test_resume_refuses_other_rows_in_the_place_of_its_own(standins, tmp_path):
-    standins.extract(tmp_path / "c", limit=4)
-    train(Cache(tmp_path / "c"), tmp_path / "run", epochs=1, feature_weight=0.0)
-    shutil.rmtree(tmp_path / "c")
-    standins.extract(tmp_path / "c", limit=4, val_fraction=0.9)
-    with pytest.raises(RunError, match=r"rows of shard 0 are not those that .* was started with"):
-        train(Cache(tmp_path / "c"), tmp_path / "run", epochs=1, feature_weight=0.0, resume=True)
-
-
-def _train_until_killed(path, out, changes):
-    """Saves after every step, and is killed after the fourth."""
-    loop._SAVE_EVERY_S = 0.0
-    step, calls = loop.take_step, iter(range(99))
-
-    def die_at_the_fifth(*arguments):
-        if next(calls) == 4:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return step(*arguments)
-
-    loop.take_step = die_at_the_fifth
-    loop.train(path, out, config(**changes), device="cpu")
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [{"train_encoder": "all"}, {"mixed_precision": True, "student_tap": "decoder"}],
-    ids=["float32", "bfloat16"],
-)
-def test_killed_run_resumes_bit_for_bit(cache, tmp_path, changes):
-    """With stochastic depth in the trained encoder: its seeds come from the position."""
-    changes |= {"batch_size": 2, "epochs": 2}
-    train(cache, tmp_path / "whole", **changes)
-    process = multiprocessing.get_context("spawn").Process(
-        target=_train_until_killed, args=(cache.path, tmp_path / "run", changes)
-    )
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
-    saved = read_checkpoint(tmp_path / "run/checkpoints/last.pt")
-    steps_an_epoch = -(-len(cache.rows_of("train")) // 2)
-    assert len(saved["history"]) * steps_an_epoch + saved["steps"] == 4
-    train(cache, tmp_path / "run", resume=True, **changes)
-    assert state_digest(tmp_path / "run") == state_digest(tmp_path / "whole")
-    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
-
-
-def test_a_second_signal_interrupts_at_once_and_the_run_resumes(cache, run, tmp_path, monkeypatch):
-    step, calls = loop.take_step, iter(range(99))
-
-    def stop_twice(*arguments):
-        if next(calls) == 1:
-            os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGINT)
-        return step(*arguments)
-
-    monkeypatch.setattr(loop, "take_step", stop_twice)
-    with pytest.raises(KeyboardInterrupt):
-        train(cache, tmp_path / "run")
-    assert next(calls) == 2
-    monkeypatch.undo()
-    train(cache, tmp_path / "run", resume=True)
-    assert state_digest(tmp_path / "run") == state_digest(run)
 
 
 def test_unlabelled_rows_train_from_the_teacher_and_features_alone(standins, tmp_path):
@@ -433,35 +251,6 @@ def test_tap_of_another_grid_is_refused_before_anything_is_written(standins, tmp
     with pytest.raises(RunError, match=r"32×16×16 in this cache, the student's tap is 40×8×8"):
         train(Cache(tmp_path / "c"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
-
-
-def test_existing_run_is_not_overwritten_and_a_resume_keeps_its_settings(
-    standins, cache, run, tmp_path
-):
-    standins.extract(tmp_path / "other", yolo_target_layer="relu_1")
-    other = Cache(tmp_path / "other")
-    with pytest.raises(RunError, match="--resume"):
-        train(cache, run)
-    with pytest.raises(RunError, match="started with kl_weight = 1.0, now 2.0"):
-        train(cache, run, resume=True, kl_weight=2.0)
-    with pytest.raises(RunError, match="started with epochs = 3, now 9"):
-        train(cache, run, resume=True, epochs=9)
-    with pytest.raises(RunError, match="started from a cache with yolo_target_layer"):
-        train(other, run, resume=True)
-    standins.extract(tmp_path / "exact", precision="float32")
-    with pytest.raises(RunError, match="precision = int8.*has float32"):
-        train(Cache(tmp_path / "exact"), run, resume=True)
-    with pytest.raises(RunError, match="no run to resume"):
-        train(cache, tmp_path / "absent", resume=True)
-
-
-def test_a_stop_before_the_run_began_and_a_foreign_folder_are_told_apart(cache, tmp_path):
-    (tmp_path / "begun/checkpoints").mkdir(parents=True)
-    train(cache, tmp_path / "begun", epochs=1, feature_weight=0.0)
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "photos/a.jpg").touch()
-    with pytest.raises(RunError, match="not a run folder; choose another"):
-        train(cache, tmp_path / "photos")
 
 
 @pytest.mark.parametrize("device", ["foo", "meta"])
