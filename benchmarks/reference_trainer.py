@@ -104,7 +104,9 @@ class Online:
                 encoded = student.encoder(pixels)
                 logits = student.segmentation_head(student.decoder(encoded))
                 values = distillation(logits, teacher, mask.float(), self.temperature)
-                values["feature"] = ((projection(encoded[TAP_LEVEL]) - features) ** 2).mean()
+                values["feature"] = (
+                    ((projection(encoded[TAP_LEVEL]) - features) ** 2).mean(1).mean()
+                )
                 total = sum(WEIGHTS[name] * value for name, value in values.items())
                 optimizer.zero_grad()
                 total.backward()

@@ -30,13 +30,16 @@ class _Group(click.Group):
         except (KdcacheError, OSError) as error:  # a full or read-only disk is no bug
             if isinstance(error, BrokenPipeError):
                 raise
-            click.echo(f"error: {error}", err=True)
+            if _leads():
+                click.echo(f"error: {error}", err=True)
             context.exit(EXIT_FAILED)
         except KeyboardInterrupt:
-            click.echo(
-                "stopped; what is committed stays: the same command (train: with --resume) goes on",
-                err=True,
-            )
+            if _leads():
+                click.echo(
+                    "stopped; what is committed stays: the same command (train: with --resume) "
+                    "goes on",
+                    err=True,
+                )
             context.exit(EXIT_FAILED)
 
 
@@ -80,7 +83,11 @@ def _option(*names: str, **attributes: Any) -> Callable[[Command], Command]:
 def _config_options(command: Command) -> Command:
     config = _option("--config", metavar="NAME|FILE", help="Named config or TOML file.")
     assignments = _option(
-        "--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Set any setting."
+        "--set",
+        "assignments",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="Set any setting by its name.",
     )
     return config(assignments(command))
 
@@ -318,25 +325,29 @@ def verify(
         "kdcache train coco.zarr --out runs/first --resume",
     )
 )
-@_cache_argument
-@_option("--out", type=_path, required=True, help="Run folder to write.")
+@click.argument("cache", type=_path, required=False)
+@_option("--out", type=_path, help="Run folder to write; needed.")
 @_option("--resume", is_flag=True, help="Go on with the run in --out, with its settings.")
 @_option("--extend", is_flag=True, help="With --resume: to more --epochs than it had.")
 @_option("--init-from", type=_path, metavar="RUN", help="Begin with the best student of a run.")
-@_option("--print-config", is_flag=True, help="Print the settings as TOML, and do nothing.")
+@_option("--print-config", is_flag=True, help="Print all settings as TOML, and do nothing.")
 @_option("--epochs", type=int, help="Passes over the training rows (50).")
 @_option("--batch-size", type=int, help="Rows a step (4).")
 @_option("--feature-weight", type=float, help="Weight of the feature loss (0.5).")
 @_option("--mixed-precision/--no-mixed-precision", default=None, help="Autocast the networks.")
 @_option("--seed", type=int, help="Seed of weights and order (0).")
-@_option("--encoder-weights", metavar="FILE|imagenet|random", help="Student encoder's weights.")
+@_option(
+    "--encoder-weights",
+    metavar="FILE|imagenet|random",
+    help="The student encoder's weights at the start (imagenet: of the hub, or its local cache).",
+)
 @_device_option
 @_config_options
 @_json_option
 @_with_logging_above_bars
 def train(
-    cache: Path,
-    out: Path,
+    cache: Path | None,
+    out: Path | None,
     resume: bool,
     extend: bool,
     init_from: Path | None,
@@ -353,15 +364,19 @@ def train(
     """
     if extend and not resume:
         raise click.UsageError("--extend goes with --resume")
+    if extend and not (flags["epochs"] or config or assignments):
+        raise click.UsageError("--extend goes with more --epochs")
     if resume and init_from is not None:
         raise click.UsageError("--init-from begins a run; --resume goes on with one")
-    from kdcache.config import TrainConfig, load
+    if not print_config and (cache is None or out is None):
+        raise click.UsageError("give the cache and --out: kdcache train CACHE --out RUN")
+    from kdcache.config import DEFAULT_CONFIG, TrainConfig, load
     from kdcache.report import train_text
 
-    if resume and config is None and (out / "config.toml").exists():
-        config = str(out / "config.toml")
-    settings = load(TrainConfig, config, assignments, flags)
-    if print_config:
+    stored = out / "config.toml" if resume and out is not None else None
+    base = str(stored) if stored is not None and stored.exists() else DEFAULT_CONFIG
+    settings = load(TrainConfig, config, assignments, flags, base)
+    if print_config or cache is None or out is None:
         click.echo(settings.to_toml(), nl=False)
         return
     from kdcache.train import loop

@@ -11,9 +11,17 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from kdcache.errors import ConfigError, nearest
 
@@ -30,6 +38,9 @@ Compression = Literal["zstd", "lz4", "none"]
 YoloInput = Literal["rgb01", "bgr01", "rgb255", "bgr255"]
 StudentTap = Literal["encoder", "decoder"]
 
+# Each has a weight in TrainConfig.
+LOSSES = ("kl", "mse", "bce", "dice", "feature")
+
 # smp's encoders give a feature at each of the strides 2 to 32.
 ENCODER_LEVELS = 5
 
@@ -38,6 +49,14 @@ class _Settings(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _yes_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        field = cls.model_fields[info.field_name or ""]
+        if isinstance(value, bool) and field.annotation is not bool:
+            raise ValueError("true and false are for switches")
+        return value
 
 
 class ExtractConfig(_Settings):
@@ -123,9 +142,11 @@ class TrainConfig(_Settings):
     deterministic: bool = Field(
         False, description="only kernels that give the same bits every time, also on a GPU"
     )
-    temperature: float = Field(3.0, gt=0, description="T, or T at the first epoch")
+    temperature: float = Field(3.0, ge=0.01, le=1000, description="T, or T at the first epoch")
     temperature_schedule: Literal["none", "linear", "cosine", "exponential"] = "none"
-    final_temperature: float = Field(1.0, gt=0, description="T at the last epoch of a schedule")
+    final_temperature: float = Field(
+        1.0, ge=0.01, le=1000, description="T at the last epoch of a schedule"
+    )
     kl_scale: Literal["T", "T2", "1"] = Field("T", description="factor of the KL loss")
     kl_weight: float = Field(1.0, ge=0)
     mse_weight: float = Field(0.5, ge=0)
@@ -134,6 +155,17 @@ class TrainConfig(_Settings):
     feature_weight: float = Field(0.5, ge=0)
     feature_loss: Literal["mse", "cosine"] = "mse"
     seed: int = Field(0, ge=0, lt=2**63)
+
+    @field_validator("kl_scale", mode="before")
+    @classmethod
+    def _kl_scale_is_text(cls, value: Any) -> Any:
+        return "1" if value == 1 else value  # TOML and --set make a number of it
+
+    @model_validator(mode="after")
+    def _something_is_learned(self) -> Self:
+        if not any(getattr(self, f"{name}_weight") for name in LOSSES):
+            raise ValueError("all loss weights are 0: nothing would be learned")
+        return self
 
     @field_validator("train_encoder")
     @classmethod
@@ -170,29 +202,32 @@ def load(
     config: str | None = None,
     assignments: Sequence[str] = (),
     flags: Mapping[str, Any] | None = None,
+    base: str = DEFAULT_CONFIG,
 ) -> SettingsT:
-    """The settings of one stage; later sources win: defaults, config, `key=value`s, flags.
+    """The settings of one stage; later sources win: defaults, base, config, `key=value`s, flags.
 
-    `config` is a named config or the path of a TOML file; flags that are None were not given.
-    Raises ConfigError for an unknown key, a wrong type or a value out of range.
+    `base` and `config` are named configs or paths of TOML files; flags that are None were not
+    given. Raises ConfigError for an unknown key, a wrong type or a value out of range.
     """
-    values = _read_config(config or DEFAULT_CONFIG)
+    values = _read_config(base) | (_read_config(config) if config else {})
     for assignment in assignments:
-        key, separator, text = assignment.partition("=")
+        key, separator, text = (part.strip() for part in assignment.partition("="))
         if not separator:
             raise ConfigError(f"--set {assignment}: expected key=value")
-        values[key.strip()] = _parse_value(text.strip())
+        values[key] = _parse_value(text)
+        if key in _known() and key not in _known(stage):
+            raise ConfigError(f"--set {key}: a setting of the other stage, it would change nothing")
     values |= {key: value for key, value in (flags or {}).items() if value is not None}
     return validated(stage, values)
 
 
 def validated(stage: type[SettingsT], values: Mapping[str, Any]) -> SettingsT:
     """Check flat settings that may hold the other stage's keys too."""
-    known = ExtractConfig.model_fields.keys() | TrainConfig.model_fields.keys()
+    known = _known()
     for key in values:
         if key not in known:
             raise ConfigError(f"unknown setting {key!r}; nearest known: {nearest(key, known)}")
-    own = {key: value for key, value in values.items() if key in stage.model_fields}
+    own = {key: value for key, value in values.items() if key in _known(stage)}
     try:
         return stage(**own)
     except ValidationError as error:
@@ -200,9 +235,16 @@ def validated(stage: type[SettingsT], values: Mapping[str, Any]) -> SettingsT:
         raise ConfigError(problems) from error
 
 
+def _known(*stages: type[ExtractConfig] | type[TrainConfig]) -> set[str]:
+    """Names of the settings of these stages, or of both."""
+    return {name for stage in stages or (ExtractConfig, TrainConfig) for name in stage.model_fields}
+
+
 def _describe(problem: Any) -> str:
+    message = str(problem["msg"].removeprefix("Value error, "))
+    if not problem["loc"]:
+        return message
     where = ".".join(str(part) for part in problem["loc"])
-    message = problem["msg"].removeprefix("Value error, ")
     return f"{where} = {problem['input']!r}: {message}"
 
 
@@ -224,6 +266,7 @@ def _read_config(config: str) -> dict[str, Any]:
 def _parse_value(text: str) -> Any:
     """A TOML value; text that is not one (a bare word or path) is a string."""
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        found = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
         return text
+    return found["value"] if len(found) == 1 else text

@@ -49,8 +49,8 @@ def sheet(titles: Sequence[str], rows: Sequence[Sequence[U8]], captions: Sequenc
     width = len(titles) * (_CELL_PX + _GAP_PX)
     strips = [_text([(n * width // len(titles), title) for n, title in enumerate(titles)], width)]
     for cells, caption in zip(rows, captions, strict=True):
-        strips.append(np.concatenate([_cell(cell) for cell in cells], axis=1))
         strips.append(_text([(0, caption)], width))
+        strips.append(np.concatenate([_cell(cell) for cell in cells], axis=1))
     return np.concatenate(strips)
 
 
@@ -71,7 +71,9 @@ def _cell(picture: U8) -> U8:
 def _text(pieces: Sequence[tuple[int, str]], width: int) -> U8:
     strip = Image.new("RGB", (width, _LINE_PX), "white")
     room = width // len(pieces) // _LETTER_PX
-    for x, text in pieces:
+    for x, words in pieces:
+        # the built-in font has no other letters
+        text = "".join(c if c.isascii() else f"\\u{ord(c):04x}" for c in words)
         # the end of a tensor's name or a path tells more than its beginning
         shown = text if len(text) <= room else "…" + text[-room + 1 :]
         ImageDraw.Draw(strip).text((x + 4, 3), shown, fill="black")

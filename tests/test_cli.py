@@ -231,11 +231,14 @@ def test_print_config_is_a_file_that_config_reads_back(cache, tmp_path):
     assert again.stdout == result.stdout
     assert TrainConfig(epochs=7, student_tap="decoder").to_toml() == result.stdout
     assert not (tmp_path / "run").exists()
+    assert run("train", "--print-config").stdout == TrainConfig().to_toml()
 
 
 def test_flags_that_exclude_each_other_are_wrong_usage(cache, standins, tmp_path):
     train = ("train", cache.path, "--out", tmp_path / "run")
     assert run(*train, "--extend").exit_code == 2
+    assert run(*train, "--resume", "--extend").exit_code == 2
+    assert run("train").exit_code == run("train", cache.path).exit_code == 2
     assert run(*train, "--resume", "--init-from", tmp_path).exit_code == 2
     both = ("extract", "--images", standins.images, "--out", tmp_path / "c", "--unlabelled")
     assert run(*both, "--masks", standins.masks).exit_code == 2

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kdcache.config import DEFAULT_CONFIG, ExtractConfig, TrainConfig, load
+from kdcache.config import DEFAULT_CONFIG, LOSSES, ExtractConfig, TrainConfig, load
 from kdcache.errors import ConfigError
 
 
@@ -47,6 +47,12 @@ def test_resolved_settings_read_back(tmp_path):
         (["epochs"], "expected key=value"),
         (["optimizer=SGD"], "AdamW"),
         (["temperature=-1"], "temperature = -1"),
+        (["temperature=1e300"], r"temperature = 1e\+300"),
+        (["epochs=true"], "true and false are for switches"),
+        (["learning_rate=true"], "true and false are for switches"),
+        (["epochs=1\nbatch_size=7"], "epochs = '1"),
+        (["size=64"], "--set size: a setting of the other stage"),
+        ([f"{n}_weight=0" for n in LOSSES], "^all loss weights are 0"),
     ],
 )
 def test_bad_settings_are_refused_by_name(assignments, message):
@@ -99,3 +105,16 @@ def test_trained_levels_of_the_encoder(value, levels):
 def test_unknown_train_encoder_is_refused(value):
     with pytest.raises(ConfigError, match="last:1 to last:5"):
         load(TrainConfig, assignments=[f"train_encoder={value}"])
+
+
+@pytest.mark.parametrize("text", ["1", '"1"', "'1'"])
+def test_kl_scale_1_is_taken_as_a_number_too(text):
+    assert load(TrainConfig, assignments=[f"kl_scale={text}"]).kl_scale == "1"
+
+
+def test_a_base_lies_under_the_config(tmp_path):
+    (tmp_path / "stored.toml").write_text("epochs = 7\nseed = 3")
+    (tmp_path / "mine.toml").write_text("seed = 4")
+    base, config = str(tmp_path / "stored.toml"), str(tmp_path / "mine.toml")
+    settings = load(TrainConfig, config, flags={"batch_size": 2}, base=base)
+    assert (settings.epochs, settings.seed, settings.batch_size) == (7, 4, 2)

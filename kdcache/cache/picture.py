@@ -31,7 +31,8 @@ def save_rows(path: Path, cache: Cache, count: int = 6) -> None:
     captions = [
         f"row {index}: {cache.keys[index].split} {cache[index].sample_id}" for index in rows
     ]
-    titles = ["photo", "mask", "teacher", *(f"{tap.name} (PCA)" for tap in cache.manifest.taps)]
+    titles = ["photo", "mask (yellow: not labelled)", "teacher"]
+    titles += [f"{tap.name} (PCA)" for tap in cache.manifest.taps]
     save(path, sheet(titles, list(zip(*columns, strict=True)), captions), "PNG")
 
 

@@ -53,7 +53,10 @@ class Cache:
             wanted = set(shards)
             commits = [commit for commit in commits if commit.shard in wanted]
             if missing := wanted - {commit.shard for commit in commits}:
-                raise CacheError(f"{path} has lost the commit records of shards {sorted(missing)}")
+                raise CacheError(
+                    f"{path} has no commit records of shards {sorted(missing)}, which were asked "
+                    "for: they were lost, or it is another cache"
+                )
         self.commits: list[Commit] = commits
         self.keys: list[RowKey] = [key for commit in commits for key in commit.keys]
         self._places = [

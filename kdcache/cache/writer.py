@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import glob
 import itertools
 import json
@@ -41,7 +40,7 @@ from kdcache.cache.format import (
 )
 from kdcache.cache.layout import ArraySpec, Manifest
 from kdcache.cache.shard import LZ4_LEVEL, ZSTD_LEVEL, ShardFile
-from kdcache.durable import TEMPORARY_SUFFIX, fsync, write_atomic
+from kdcache.durable import TEMPORARY_SUFFIX, fsync, lock, write_atomic
 from kdcache.errors import CacheError, FingerprintError
 
 log = logging.getLogger(__name__)
@@ -249,7 +248,7 @@ def _create(path: Path, manifest: Manifest) -> None:
     staging = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
     try:
         staging.mkdir()
-        lock = _lock(staging)
+        held = _lock(staging)
         try:
             for name, document in documents.items():
                 (staging / name).mkdir(parents=True, exist_ok=True)
@@ -257,7 +256,7 @@ def _create(path: Path, manifest: Manifest) -> None:
             staging.rename(path)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-            os.close(lock)
+            os.close(held)
     except OSError as error:
         if path.exists():  # two writers started at once
             raise CacheError(f"{path} was just made by another process; run again") from error
@@ -271,9 +270,9 @@ def _sweep_staging(path: Path) -> None:
     """Remove what killed processes left of creating the same cache."""
     for folder in path.parent.glob(f"{glob.escape(path.name)}.*{TEMPORARY_SUFFIX}"):
         with contextlib.suppress(CacheError, OSError):  # another process is at it
-            lock = _lock(folder)
+            held = _lock(folder)
             shutil.rmtree(folder, ignore_errors=True)
-            os.close(lock)
+            os.close(held)
 
 
 def _array_document(spec: ArraySpec, manifest: Manifest) -> bytes:
@@ -309,15 +308,11 @@ def _array_document(spec: ArraySpec, manifest: Manifest) -> bytes:
 
 
 def _lock(path: Path) -> int:
-    """An exclusive lock on the cache's folder, held until the descriptor is closed or we die."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
+    descriptor = lock(path)
+    if descriptor is None:
         raise CacheError(
             f"{path} is being written by another process; wait for it or stop it, then run again"
-        ) from error
+        )
     return descriptor
 
 

@@ -9,6 +9,7 @@ from kdcache.config import TrainConfig
 
 LARGE_KL = 10.0  # the design document expects 0.1 to 1 after training
 SILENT_FEATURE_LOSS = 1e-6
+SKIPPED_STEPS = 5  # the loss scale starts too high on purpose and costs a few
 SLOW_EPOCHS = 5
 SLOW_FALL = 0.01
 
@@ -24,8 +25,18 @@ def _signs(history: Sequence[Mapping[str, Any]], config: TrainConfig) -> dict[st
     if last["train_kl"] > LARGE_KL:
         found["kl"] = (
             f"KL is {last['train_kl']:.3g}, far above the 0.1 to 1 to expect: is the teacher right "
-            'for these images (val_teacher_miou)? A higher temperature softens it, kl_scale = "1" '
+            "for these images (val_teacher_miou)? A higher temperature softens it, kl_scale = 1 "
             "and a smaller kl_weight shrink it"
+        )
+    if last.get("val_student_miou", 0) is None:
+        found["unlabelled"] = (
+            "no validation row has a labelled person: there is no val mIoU, and the last epoch "
+            "counts as the best"
+        )
+    if last.get("skipped_steps", 0) > SKIPPED_STEPS:
+        found["float16"] = (
+            f"float16 overflowed in {last['skipped_steps']:.0f} steps of the epoch, which changed "
+            "nothing: --set half_precision=bfloat16 does not overflow"
         )
     feature = last.get("train_feature")
     if feature is not None and feature < SILENT_FEATURE_LOSS:

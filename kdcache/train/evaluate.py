@@ -69,12 +69,13 @@ def score(
             if projection is not None and projected is not None and tap is not None:
                 feature_loss = losses.FEATURE_LOSSES[config.feature_loss]
                 target = projection.standardised(batch.features[tap][n : n + 1])
-                values["feature_loss"].append(float(feature_loss(projected[n : n + 1], target)))
+                loss = feature_loss(projected[n : n + 1], target, batch.mask[n : n + 1])
+                values["feature_loss"].append(float(loss))
     means = {name: math.fsum(values[name]) / len(values[name]) for name in values}
     return {
         "student_miou": _number(of_student.miou),
         "teacher_miou": _number(of_teacher.miou),
-        "iou_person_pooled": of_student.iou_person_pooled,
+        "iou_person_pooled": _number(of_student.iou_person_pooled),
         "false_positive_rate": _number(of_student.false_positive_rate),
         "agreement": equal / pixels if pixels else None,
         **{name: means.get(name) for name in ("kl", "mse", "bce", "dice", "feature_loss")},

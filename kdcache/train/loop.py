@@ -20,6 +20,7 @@ from kdcache.cache.reader import Cache
 from kdcache.config import TrainConfig
 from kdcache.drawing import save
 from kdcache.errors import RunError, device_memory
+from kdcache.imaging import BACKGROUND, PERSON
 from kdcache.stop import StopRequest
 from kdcache.train import schedule
 from kdcache.train.advice import advice
@@ -32,6 +33,7 @@ from kdcache.train.reach import find_reach, reach_text, reaches_student
 from kdcache.train.repeatable import only_deterministic, seed
 from kdcache.train.run_folder import (
     State,
+    claimed,
     open_run,
     restore,
     save_epoch,
@@ -49,6 +51,9 @@ log = logging.getLogger(__name__)
 
 # How much of an epoch a crash may cost, beside what signals save.
 _SAVE_EVERY_S = 300.0
+
+# Rows that are looked through for a label before the table of what each loss reaches.
+_PROBED_ROWS = 256
 
 # Rows that the mean and deviation of the feature target are taken from.
 _STANDARDISE_ROWS = 64
@@ -86,14 +91,16 @@ def train(
     stays.
     """
     started = time.monotonic()
-    with (
-        joined(resolve_device(device)) as (processes, on),
-        only_deterministic(config.deterministic),
-    ):
+    with contextlib.ExitStack() as stack:
+        processes, on = stack.enter_context(joined(resolve_device(device)))
+        stack.enter_context(only_deterministic(config.deterministic))
         record = open_run(out, config, resume, extend)
         cache = seen_cache(out, record, cache_path) if resume else Cache(cache_path)
-        # Without a feature loss no feature byte is read and there is nothing to project.
-        tap = cache.manifest.taps[0] if config.feature_weight > 0 else None
+        if out.resolve().is_relative_to(cache_path.resolve()):
+            raise RunError(f"--out {out} is inside the cache {cache_path}; choose another")
+        if processes.leads:
+            stack.enter_context(claimed(out))
+        tap = _target(cache, config)
         run = _Run(
             out=out,
             cache=cache,
@@ -108,9 +115,11 @@ def train(
         )
         _check_splits(run)
         with device_memory("building the student", "lower projection_hidden_dim"):
-            state = _build(run)
+            # weights that are about to be replaced need not be there any more
+            state = _build(run, "random" if resume or init_from else config.encoder_weights)
         if resume:
             restore(out, state)
+            _check_processes(run, state)
         else:
             if init_from is not None:
                 start_from(init_from, state)
@@ -252,28 +261,36 @@ def _take_step(
     seed(config.seed, epoch, state.steps, run.processes.rank)
     temperature = schedule.temperature(config, epoch)
     try:
-        with device_memory("training", "lower --batch-size, or use --mixed-precision"):
+        remedy = (
+            "lower --batch-size (--set gradient_accumulation=N keeps the step as large), or use "
+        )
+        with device_memory("training", remedy + "--mixed-precision"):
             values = take_step(model, state, batches, config, temperature, run.processes)
     except RunError as error:
         raise RunError(
             f"epoch {epoch + 1}/{config.epochs}, step {state.steps + 1}: {error}; the run stops at "
-            "what it last saved: lower learning_rate, or train without --mixed-precision"
+            "what it last saved, and a resume would come here again: start another with a lower "
+            "learning_rate or loss weight"
+            + (" or without --mixed-precision" * config.mixed_precision)
         ) from error
     images, labelled = values.pop("images"), values.pop("labelled_images")
+    skipped = values.pop("skipped")
     weights = {"bce": labelled, "dice": labelled}
     sums = {name: value * weights.get(name, images) for name, value in values.items()}
-    return sums | {"images": images, "labelled_images": labelled}
+    return sums | {"images": images, "labelled_images": labelled, "skipped": skipped}
 
 
 def _means(sums: dict[str, float]) -> dict[str, float | None]:
     """The metrics of an epoch: a loss is a mean over its images, BCE and Dice over labelled ones."""
-    losses = {name: value for name, value in sums.items() if not name.endswith("images")}
+    counts = ("images", "labelled_images", "skipped")
+    losses = {name: value for name, value in sums.items() if name not in counts}
     over = {"bce": sums["labelled_images"], "dice": sums["labelled_images"]}
     means = {
         f"train_{name}": value / count if (count := over.get(name, sums["images"])) else None
         for name, value in losses.items()
     }
-    return means | {"labelled_fraction": sums["labelled_images"] / sums["images"]}
+    means["labelled_fraction"] = sums["labelled_images"] / sums["images"]
+    return means | {"skipped_steps": sums["skipped"]}
 
 
 def _steps(
@@ -324,7 +341,38 @@ def _check_splits(run: _Run) -> None:
         )
 
 
-def _build(run: _Run) -> State:
+def _target(cache: Cache, config: TrainConfig) -> TapSpec | None:
+    """The tap that the projection aims at; without a feature loss no feature byte is read."""
+    if config.feature_weight == 0:
+        return None
+    if not cache.manifest.taps:
+        raise RunError(
+            f"{cache.path} holds no features; train with --feature-weight 0, or extract them"
+        )
+    return cache.manifest.taps[0]
+
+
+def _check_processes(run: _Run, state: State) -> None:
+    """The rows of an epoch are dealt out by steps, and those by the number of processes."""
+    count = run.processes.count
+    if state.processes == count:
+        return
+    if state.steps:
+        raise RunError(
+            f"{run.out} was stopped in the middle of an epoch that {state.processes} processes shared, "
+            f"this is {count}: resume it with torchrun --nproc-per-node={state.processes}"
+        )
+    log.warning(
+        "%s was trained by %d processes, goes on with %d: a step has as many times %d rows now",
+        run.out,
+        state.processes,
+        count,
+        run.config.batch_size * run.config.gradient_accumulation,
+    )
+    state.processes = count
+
+
+def _build(run: _Run, encoder_weights: str) -> State:
     """Student, projection and optimiser at their seeded start.
 
     The projection is drawn after the student, so the feature weight does not move its start.
@@ -332,7 +380,7 @@ def _build(run: _Run) -> State:
     config, device = run.config, run.device
     torch.manual_seed(config.seed)
     student = build_student(
-        config.student_encoder, config.encoder_weights, config.student_tap, config.trained_levels
+        config.student_encoder, encoder_weights, config.student_tap, config.trained_levels
     ).to(device)
     projection = None
     if run.tap is not None:
@@ -341,7 +389,13 @@ def _build(run: _Run) -> State:
     # bfloat16 has float32's range and needs no loss scaling
     scaler = torch.amp.GradScaler(torch.device(device).type, enabled=half == torch.float16)
     optimizer = build_optimizer(student, projection, config)
-    return State(student=student, projection=projection, optimizer=optimizer, scaler=scaler)
+    return State(
+        student=student,
+        projection=projection,
+        optimizer=optimizer,
+        scaler=scaler,
+        processes=run.processes.count,
+    )
 
 
 def _build_projection(run: _Run, student: Student, tap: TapSpec) -> Projection:
@@ -364,17 +418,29 @@ def _say_reach(run: _Run, state: State) -> None:
     """Show what each loss can change, and warn where features are learned to be thrown away."""
     if not run.processes.leads:
         return
-    rows = shuffled(run.train_rows, run.config.seed, 0)[: run.config.batch_size]
-    (batch,) = read_batches(run.cache, [rows], run.device, run.taps)
+    (batch,) = read_batches(run.cache, [_probe_rows(run)], run.device, run.taps)
     with device_memory("back-propagating the first batch", "lower --batch-size"):
         reach = find_reach(Trainee(state.student, state.projection), batch, run.config)
     log.info("%s", reach_text(reach, run.config))
     if "feature" in reach and not reaches_student(reach, "feature"):
         log.warning(
             "feature_weight = %g, but the feature loss trains only the projection, which is not part "
-            'of the student: set student_tap = "decoder", or train_encoder = "last:3" or "all"',
+            "of the student: --set student_tap=decoder or --set train_encoder=last:3 let it reach it",
             run.config.feature_weight,
         )
+
+
+def _probe_rows(run: _Run) -> list[int]:
+    """The first batch; its last row is a labelled one from further on if it has none else.
+
+    Without a label BCE and Dice would seem to reach nothing.
+    """
+    order = shuffled(run.train_rows, run.config.seed, 0)
+    size = run.config.batch_size
+    for number, row in enumerate(order[:_PROBED_ROWS]):
+        if np.isin(run.cache[row].mask, (BACKGROUND, PERSON)).any():
+            return [*order[: min(size, len(order)) - 1], row] if number >= size else order[:size]
+    return order[:size]
 
 
 def _line(metrics: dict[str, Any]) -> str:

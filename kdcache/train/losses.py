@@ -99,25 +99,35 @@ def dice(student: Tensor, mask: Tensor, per: Counts | None = None) -> Tensor:
     return _mean(1 - score, has_label, (per or counts(mask)).labelled_images)
 
 
-def feature_mse(projected: Tensor, target: Tensor, per: Counts | None = None) -> Tensor:
-    """Mean over all elements of (P(f_s) − f_yolo)²."""
-    return F.mse_loss(projected.float(), target.float()) * _share(projected, per)
+def feature_mse(
+    projected: Tensor, target: Tensor, mask: Tensor, per: Counts | None = None
+) -> Tensor:
+    """Mean over channels and seen positions of (P(f_s) − f_yolo)²."""
+    squares = ((projected.float() - target.float()) ** 2).mean(1)
+    return _mean_over_positions(squares, mask, per)
 
 
-def feature_cosine(projected: Tensor, target: Tensor, per: Counts | None = None) -> Tensor:
-    """1 − mean over positions of the cosine along the channels."""
-    cosine = F.cosine_similarity(projected.float(), target.float(), dim=1).mean()
-    return (1 - cosine) * _share(projected, per)
+def feature_cosine(
+    projected: Tensor, target: Tensor, mask: Tensor, per: Counts | None = None
+) -> Tensor:
+    """1 − mean over seen positions of the cosine along the channels."""
+    cosine = F.cosine_similarity(projected.float(), target.float(), dim=1)
+    return _mean_over_positions(1 - cosine, mask, per)
 
 
 FEATURE_LOSSES = {"mse": feature_mse, "cosine": feature_cosine}
 
 
 def _mean(values: Tensor, weight: Tensor, count: Tensor) -> Tensor:
-    """Sum of `values` where `weight` is 1, over `count`; 0 (with a zero gradient) where that is 0."""
+    """Sum of `values` times `weight`, over `count`; 0 (with a zero gradient) where that is 0."""
     return (values * weight).sum() / torch.where(count > 0, count, 1)
 
 
-def _share(projected: Tensor, per: Counts | None) -> Tensor | float:
-    """This batch's images over those that its loss is divided by."""
-    return 1.0 if per is None else len(projected) / per.images
+def _mean_over_positions(values_Nhw: Tensor, mask: Tensor, per: Counts | None) -> Tensor:
+    """Mean over a coarser grid than the mask's, each position weighted by what is seen of it."""
+    height, width = values_Nhw.shape[1:]
+    pixels = seen(mask).reshape(len(mask), 1, *mask.shape[-2:])
+    weight = F.adaptive_avg_pool2d(pixels, (height, width))[:, 0]
+    # the weights add up to the seen pixels, in units of positions
+    positions = (per or counts(mask)).seen_pixels * (height * width / pixels[0].numel())
+    return _mean(values_Nhw, weight, positions)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -21,6 +22,7 @@ class Segmentation:
     _false_positive_rates: list[float] = field(default_factory=list)  # of images without
     _intersection: int = 0
     _union: int = 0
+    _pixels: int = 0  # that are labelled
 
     def add(self, logits: Tensor, mask: Tensor) -> None:
         valid = (mask != PADDING) & (mask != IGNORE)
@@ -33,6 +35,7 @@ class Segmentation:
             self._ious.append((_iou(predicted, person) + _iou(~predicted, ~person)) / 2)
         self._intersection += int((predicted & person).sum())
         self._union += int((predicted | person).sum())
+        self._pixels += len(person)
 
     @property
     def miou(self) -> float:
@@ -41,7 +44,9 @@ class Segmentation:
 
     @property
     def iou_person_pooled(self) -> float:
-        """IoU of person over all pixels of all images; 1 when neither shows a person."""
+        """IoU of person over all labelled pixels: 1 when neither shows a person, NaN without one."""
+        if not self._pixels:
+            return math.nan
         return self._intersection / self._union if self._union else 1.0
 
     @property

@@ -9,10 +9,17 @@ import torch
 
 from kdcache.cache.reader import Cache
 from kdcache.drawing import U8, compared, lit, masked, sheet
+from kdcache.imaging import PADDING
 from kdcache.train.loader import read_batches
 from kdcache.train.student import Student
 
-_TITLES = ("photo", "mask", "teacher", "student", "red: student only, blue: teacher only")
+_TITLES = (
+    "photo",
+    "mask (yellow: not labelled)",
+    "teacher",
+    "student",
+    "red: student only, blue: teacher only",
+)
 _ROWS = 4
 
 
@@ -34,6 +41,7 @@ def overlay(student: Student, cache: Cache, rows: Sequence[int], device: str) ->
         teacher = batch.logits[0, 0].cpu().numpy() > 0
         predicted = student(batch.image).logits[0, 0].float().cpu().numpy() > 0
         views = [image, masked(image, mask), lit(image, teacher), lit(image, predicted)]
-        cells.append([*views, compared(image, predicted, teacher)])
-        captions.append(f"{row.split} {row.sample_id}")
+        photo = mask != PADDING
+        cells.append([*views, compared(image, predicted & photo, teacher & photo)])
+        captions.append(f"{row.split}: {row.sample_id}")
     return sheet(_TITLES, cells, captions)

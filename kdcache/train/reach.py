@@ -11,7 +11,7 @@ from torch import nn
 from kdcache.config import TrainConfig
 from kdcache.tables import table
 from kdcache.train.loader import Batch
-from kdcache.train.step import Trainee, all_losses
+from kdcache.train.step import Trainee, all_losses, forward
 
 # loss → part of the networks → (parameter tensors with a gradient other than zero, all of them)
 Reach = Mapping[str, Mapping[str, tuple[int, int]]]
@@ -20,7 +20,7 @@ Reach = Mapping[str, Mapping[str, tuple[int, int]]]
 def find_reach(model: Trainee, batch: Batch, config: TrainConfig) -> Reach:
     """Back-propagate each loss alone on a batch. The model is left as it is, statistics included."""
     model = copy.deepcopy(model).train()
-    output = model(batch.image)
+    output = forward(model, batch, config)
     values = all_losses(output, model.projection, batch, config, config.temperature)
     parts = {name: list(part.parameters()) for name, part in _parts(model)}
     trained = [p for parameters in parts.values() for p in parameters if p.requires_grad]

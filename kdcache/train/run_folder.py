@@ -11,9 +11,14 @@ RUN/visualizations/        a picture of some validation rows an epoch
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import logging
-from collections.abc import Collection
+import os
+import zipfile
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +30,7 @@ from kdcache.cache.format import read_root
 from kdcache.cache.layout import TapSpec
 from kdcache.cache.reader import Cache
 from kdcache.config import TrainConfig, load
-from kdcache.durable import replacing, write_atomic
+from kdcache.durable import TEMPORARY_SUFFIX, lock, write_atomic
 from kdcache.errors import RunError
 from kdcache.train.student import Projection, Student
 from kdcache.train.weights import read_student, save_student
@@ -34,6 +39,8 @@ log = logging.getLogger(__name__)
 
 # What `start_run` makes before run.json: all that a stop in between leaves.
 _BEFORE_RUN = {"checkpoints", "visualizations", "logs", "config.toml"}
+
+_RECORD = ("cache", "fingerprint", "commits", "tap", "versions")
 
 
 @dataclass(kw_only=True)
@@ -47,6 +54,7 @@ class State:
     history: list[dict[str, Any]] = field(default_factory=list)  # metrics of each finished epoch
     steps: int = 0  # taken in the epoch after those
     sums: dict[str, float] = field(default_factory=dict)  # what that epoch's metrics come from
+    processes: int = 1  # that share each step's rows
 
     @property
     def best_epoch(self) -> int:
@@ -70,7 +78,7 @@ def open_run(run: Path, config: TrainConfig, resume: bool, extend: bool = False)
     if not resume:
         if exists:
             raise RunError(f"{run} holds a run: continue it with --resume, or choose another --out")
-        if run.exists() and (not run.is_dir() or {p.name for p in run.iterdir()} - _BEFORE_RUN):
+        if run.exists() and (not run.is_dir() or any(not _is_before_run(p) for p in run.iterdir())):
             raise RunError(f"{run} exists and is not a run folder; choose another --out")
         return {}
     if not exists:
@@ -80,6 +88,8 @@ def open_run(run: Path, config: TrainConfig, resume: bool, extend: bool = False)
         old, new = getattr(stored, name), getattr(config, name)
         if old == new or (name == "epochs" and extend and new > old):
             continue
+        if name == "encoder_weights":  # they were the start, and are not read again
+            continue
         way_out = "leave that setting out, or start another run"
         if name == "epochs":
             way_out = "leave --epochs out, or give more of them and --extend"
@@ -88,6 +98,30 @@ def open_run(run: Path, config: TrainConfig, resume: bool, extend: bool = False)
             f"a resume keeps its settings: {way_out}"
         )
     return read_record(run)
+
+
+def _is_before_run(path: Path) -> bool:
+    """Whether a stop before there was a run may have left this."""
+    return path.name in _BEFORE_RUN or path.name.endswith(TEMPORARY_SUFFIX)
+
+
+@contextmanager
+def claimed(run: Path) -> Iterator[None]:
+    """Keep other processes from training in the folder while the block lasts.
+
+    Makes the folder, and removes it again if nothing was put there. Raises RunError when another
+    process has it.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    descriptor = lock(run)
+    if descriptor is None:
+        raise RunError(f"{run}: another process is training there; wait for it, or stop it")
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            run.rmdir()
+        os.close(descriptor)
 
 
 def check_cache(
@@ -132,6 +166,8 @@ def seen_cache(run: Path, record: dict[str, Any], path: Path) -> Cache:
     Raises RunError when those rows are gone, or others are in their place.
     """
     check_cache(run, record, path)
+    if (then := record["versions"].get("torch")) != torch.__version__:
+        log.warning("%s was started with torch %s, this is %s", run, then, torch.__version__)
     cache = Cache(path, shards=[int(shard) for shard in record["commits"]])
     for commit in cache.commits:
         if commit.sha256 != record["commits"][str(commit.shard)]:
@@ -172,9 +208,12 @@ def _save_checkpoint(path: Path, state: State) -> None:
         "history": state.history,
         "steps": state.steps,
         "sums": state.sums,
+        "processes": state.processes,
     }
-    with replacing(path) as temporary:
-        torch.save(content, temporary)
+    # through memory: of a full disk torch makes an internal error, the file system an OSError
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_atomic(path, buffer.getvalue())
 
 
 def write_metrics(run: Path, state: State) -> None:
@@ -185,35 +224,54 @@ def write_metrics(run: Path, state: State) -> None:
 
 def restore(run: Path, state: State) -> None:
     """Put `state` back to where the last checkpoint left it."""
-    content = read_checkpoint(run / "checkpoints" / "last.pt")
-    state.student.unet.load_state_dict(content["student"])
-    if state.projection is not None:
-        state.projection.load_state_dict(content["projection"])
-    state.optimizer.load_state_dict(content["optimizer"])
-    state.scaler.load_state_dict(content["scaler"])
-    state.history[:] = content["history"]
-    state.steps, state.sums = content["steps"], content["sums"]
+    path = run / "checkpoints" / "last.pt"
+    content = read_checkpoint(path)
+    try:
+        state.student.unet.load_state_dict(content["student"])
+        if state.projection is not None:
+            state.projection.load_state_dict(content["projection"])
+        state.optimizer.load_state_dict(content["optimizer"])
+        state.scaler.load_state_dict(content["scaler"])
+        state.history[:] = content["history"]
+        state.steps, state.sums = content["steps"], content["sums"]
+        state.processes = content["processes"]
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise RunError(
+            f"{path} is no checkpoint of this run ({type(error).__name__}: {error}); put the run's "
+            "own back, or start another run"
+        ) from error
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """The content of a checkpoint, on the CPU, without running code in it."""
     try:
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        with zipfile.ZipFile(path) as archive:  # torch does not look at the checksums in it
+            damaged = archive.testzip()
+        if damaged is None:
+            content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+            return content
     except FileNotFoundError as error:
-        raise RunError(f"{path}: no such checkpoint; has the run finished an epoch?") from error
-    except Exception as error:  # torch raises many kinds
-        raise RunError(f"{path} is damaged ({error}); start the run again") from error
-    return content
+        raise RunError(
+            f"{path}: no such checkpoint: put it back, or start another run (--init-from begins "
+            "with this one's best student)"
+        ) from error
+    except Exception as error:  # zipfile and torch raise many kinds, torch with a page of advice
+        damaged = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RunError(f"{path} is damaged ({damaged}); start another run") from error
+    raise RunError(f"{path} is damaged (the checksum of {damaged}); start another run")
 
 
 def read_record(run: Path) -> dict[str, Any]:
     """What a run was started from: cache, fingerprint, shards, tap, versions."""
     try:
         record: dict[str, Any] = json.loads((run / "run.json").read_text())
-    except (OSError, ValueError) as error:
+        missing = [name for name in _RECORD if name not in record]
+    except (OSError, ValueError, TypeError) as error:
         raise RunError(
             f"{run} is not a run folder: its run.json cannot be read: {error}"
         ) from error
+    if missing or not isinstance(record, dict):
+        raise RunError(f"{run}: its run.json has no {', '.join(missing) or 'fields'}; put it back")
     return record
 
 

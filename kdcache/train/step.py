@@ -90,7 +90,7 @@ def all_losses(
     if projection is not None:
         (target,) = batch.features.values()
         loss = losses.FEATURE_LOSSES[config.feature_loss]
-        values["feature"] = loss(output.feature, projection.standardised(target), per)
+        values["feature"] = loss(output.feature, projection.standardised(target), mask, per)
     return values
 
 
@@ -113,29 +113,43 @@ def take_step(
     """One update from the images of all `batches` of all processes.
 
     `model` is the Trainee of `state`, wrapped where there are several processes. Returns, over all
-    those images, each loss by name, their weighted `total`, and how many `images` and
-    `labelled_images` there were. Raises RunError when a loss or a gradient is not finite.
+    those images, each loss by name, their weighted `total`, how many `images` and
+    `labelled_images` there were, and whether the step was `skipped` (1 or 0) because float16
+    overflowed. Raises RunError when a loss or a gradient is not finite.
     """
-    device = batches[0].image.device
     per, held = _counts(batches, processes)
     state.optimizer.zero_grad(set_to_none=True)
     found = []
     for number, batch in enumerate(batches, 1):
         with _exchanging(model, number == len(batches)):
-            with autocast(config, device):
-                output = model(batch.image)
+            output = forward(model, batch, config)
             values = all_losses(output, state.projection, batch, config, temperature, per)
             total = weighted(values, config)
             state.scaler.scale(total).backward()  # type: ignore[no-untyped-call]
         found.append(torch.stack([*values.values(), total]).detach())
     _refuse_non_finite_losses([*values, "total"], found, batches)
     means = processes.mean(torch.stack(found).sum(0)).tolist()
-    _update(state, config)
-    return dict(zip([*values, "total"], means, strict=True)) | held
+    skipped = float(not _update(state, config))
+    return dict(zip([*values, "total"], means, strict=True)) | held | {"skipped": skipped}
 
 
-def _update(state: State, config: TrainConfig) -> None:
-    """Clip and apply the gradients.
+def forward(model: nn.Module, batch: Batch, config: TrainConfig) -> StudentOutput:
+    """A Trainee's output for a batch, in half precision where the settings ask for it."""
+    with autocast(config, batch.image.device):
+        try:
+            output: StudentOutput = model(batch.image)
+        except ValueError as error:  # torch's BatchNorm, of a 1×1 map of a single image
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise RunError(
+                f"BatchNorm has one value a channel on a batch of {len(batch.keys)} at this input "
+                "size: train with train_encoder = none, or on a cache of a larger --size"
+            ) from error
+    return output
+
+
+def _update(state: State, config: TrainConfig) -> bool:
+    """Clip and apply the gradients; False where float16 overflowed and nothing was applied.
 
     Student and projection are clipped apart: a joint norm would let the feature weight leak into
     the student's step.
@@ -149,8 +163,16 @@ def _update(state: State, config: TrainConfig) -> None:
         # float16's scaler expects overflows: it skips the step and lowers its scale
         if not state.scaler.is_enabled() and not math.isfinite(norm):
             raise RunError(f"the gradient of the {name} is not finite ({float(norm)})")
+    scale = state.scaler.get_scale()
     state.scaler.step(state.optimizer)
     state.scaler.update()
+    lowered = state.scaler.get_scale() < scale  # how the scaler tells that it skipped the step
+    if lowered and state.scaler.get_scale() < 1:
+        raise RunError(
+            "the gradients are not finite in float16 at any scale of the loss; use "
+            "--set half_precision=bfloat16, or train without --mixed-precision"
+        )
+    return not lowered
 
 
 def _counts(

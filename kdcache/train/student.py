@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from kdcache.config import ENCODER_LEVELS, StudentTap
-from kdcache.errors import ModelError, ProviderError
+from kdcache.errors import ModelError, ProviderError, nearest
 from kdcache.imaging import IMAGENET_MEAN, IMAGENET_STD
 from kdcache.train.weights import load_encoder_file
 
@@ -202,9 +202,12 @@ def _unet(encoder: str, weights: str | bool | None = None) -> Any:
         try:
             return smp.Unet(encoder, encoder_weights=weights, classes=1)
         except (KeyError, RuntimeError, ValueError, AttributeError, TypeError) as error:
+            why = f"nearest: {nearest(encoder, smp.encoders.encoders)}"
+            if encoder.startswith("tu-") or encoder in smp.encoders.encoders:
+                why = f"{type(error).__name__}: {str(error)[:200]}"
             raise ModelError(
-                f"student_encoder = {encoder!r} cannot be built by smp ({type(error).__name__}: "
-                f"{str(error)[:200]})"
+                f"student_encoder = {encoder!r} cannot be built by smp ({why}; timm's own names take "
+                "the prefix tu-)"
             ) from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -45,6 +46,7 @@ def load_encoder_file(encoder: nn.Module, path: Path) -> None:
         raise ModelError(
             f"--encoder-weights {path} does not fit the student's encoder: {'; '.join(problems[:4])}"
             + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
+            + "; give the weights of that very encoder, or name theirs with --set student_encoder=…"
         )
     encoder.load_state_dict({key: found[key] for key in expected})
 
@@ -52,7 +54,9 @@ def load_encoder_file(encoder: nn.Module, path: Path) -> None:
 def save_student(path: Path, unet: nn.Module, metadata: Mapping[str, Any]) -> None:
     """Write a UNet's weights as safetensors, with how to build and feed it as JSON metadata."""
     tensors = {key: value.detach().cpu().contiguous() for key, value in unet.state_dict().items()}
-    write_atomic(path, save(tensors, metadata={"kdcache": json.dumps(metadata)}))
+    # safetensors has no checksum of its own
+    record = {**metadata, "tensors_sha256": _digest(tensors)}
+    write_atomic(path, save(tensors, metadata={"kdcache": json.dumps(record)}))
 
 
 def read_student(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -62,9 +66,21 @@ def read_student(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     try:
         with safe_open(path, "pt") as file:
             metadata = json.loads((file.metadata() or {})["kdcache"])
-        return load_file(path), metadata
+        tensors, digest = load_file(path), metadata.pop("tensors_sha256")
     except (SafetensorError, KeyError, ValueError) as error:
         raise RunError(f"{path} is not a student of kdcache: {error}") from error
+    if _digest(tensors) != digest:
+        raise RunError(f"{path} is damaged: its weights are not those that were written")
+    return tensors, metadata
+
+
+def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 of the names and bytes of all tensors, by name."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _read(path: Path) -> dict[str, torch.Tensor]:
@@ -75,9 +91,11 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and safetensors raise many kinds
-        # torch's own text goes on to advise weights_only=False, which would run code in the file
-        why = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ModelError(f"--encoder-weights {path}: cannot be read: {why}") from error
+        # torch's own text advises weights_only=False, which would run code in the file
+        raise ModelError(
+            f"--encoder-weights {path}: no weights can be read from it ({type(error).__name__}); "
+            "expected a .safetensors file, or a state dict that torch.save wrote"
+        ) from error
     state = content.get("state_dict", content) if isinstance(content, dict) else {}
     return {str(key): value for key, value in state.items() if isinstance(value, torch.Tensor)}
 

@@ -40,3 +40,16 @@ def test_slow_convergence():
     assert advice(epochs(2.0, 1.9, 1.8, 1.7, 1.6, 1.5), CONFIG) == []
     late = [{**e, "epoch": e["epoch"] + 40} for e in epochs(2.0, 2.0, 2.0, 2.0, 2.0, 2.0)]
     assert advice(late, CONFIG) == []  # a schedule that ends is no trouble
+
+
+def test_validation_without_a_label_is_said():
+    history = [epoch | {"val_student_miou": None} for epoch in epochs(2.0, 1.0)]
+    (text,) = advice(history[:1], CONFIG)
+    assert "no validation row has a labelled person" in text
+    assert advice(history, CONFIG) == []
+
+
+def test_steps_that_float16_skipped_are_said():
+    (text,) = advice([epochs(2.0)[0] | {"skipped_steps": 40.0}], CONFIG)
+    assert "float16 overflowed in 40 steps" in text
+    assert advice([epochs(2.0)[0] | {"skipped_steps": 3.0}], CONFIG) == []

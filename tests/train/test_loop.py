@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import shutil
 import subprocess
 import sys
@@ -299,3 +301,33 @@ assert not loaded, loaded
     arguments = [sys.executable, "-c", code, str(tmp_path / "c"), str(tmp_path / "run")]
     subprocess.run(arguments, check=True)
     assert (tmp_path / "run/student_best.safetensors").exists()
+
+
+def test_cache_without_features_names_the_flag(cache, tmp_path, monkeypatch):
+    bare = Cache(cache.path)
+    monkeypatch.setattr(loop, "Cache", lambda path: bare)
+    bare.manifest = dataclasses.replace(bare.manifest, taps=())
+    with pytest.raises(RunError, match="holds no features; train with --feature-weight 0"):
+        train(bare, tmp_path / "run")
+
+
+def test_run_inside_the_cache_is_refused(standins, tmp_path):
+    standins.extract(tmp_path / "c", limit=3)
+    with pytest.raises(RunError, match="is inside the cache"):
+        train(Cache(tmp_path / "c"), tmp_path / "c/run", epochs=1)
+    assert not (tmp_path / "c/run").exists()
+
+
+def test_reach_is_shown_on_a_batch_that_has_a_label(standins, tmp_path, caplog):
+    """Whatever batch comes first, BCE and Dice train what they train."""
+    standins.extract(tmp_path / "c", limit=1, val_fraction=0.0)
+    unlabelled = unlabelled_dataset(standins.images)
+    extract(standins.config(val_fraction=0.0), unlabelled, tmp_path / "c", device="cpu", limit=6)
+    for seed in range(4):
+        caplog.clear()
+        caplog.set_level(logging.INFO, "kdcache")
+        train(Cache(tmp_path / "c"), tmp_path / f"{seed}", epochs=1, batch_size=1, seed=seed,
+              feature_weight=0.0)  # fmt: skip
+        table = next(r.message for r in caplog.records if "parameters reached by" in r.message)
+        (bce,) = (line for line in table.splitlines() if line.startswith("bce"))
+        assert "2 of 2" in bce

@@ -115,8 +115,9 @@ def test_mse_equals_torch():
 def test_feature_losses_equal_torch():
     target = logits(1, shape=(2, 5, 4, 4))
     start = logits(0, shape=(2, 5, 4, 4))
+    everywhere = torch.full((2, 1, 8, 8), IGNORE, dtype=torch.uint8)
     check(
-        lambda f: losses.feature_mse(f, target),
+        lambda f: losses.feature_mse(f, target, everywhere),
         lambda f: ((f - target.double()) ** 2).mean(),
         start,
     )
@@ -125,7 +126,29 @@ def test_feature_losses_equal_torch():
         t = target.double()
         return 1 - ((f * t).sum(1) / (f.norm(dim=1) * t.norm(dim=1))).mean()
 
-    check(lambda f: losses.feature_cosine(f, target), cosine, start)
+    check(lambda f: losses.feature_cosine(f, target, everywhere), cosine, start)
+
+
+@pytest.mark.parametrize("loss", [losses.feature_mse, losses.feature_cosine])
+def test_padding_is_out_of_the_feature_losses_too(loss):
+    """Grid cells of padding count for nothing, cells that are half padding for a half."""
+    projected, target = (
+        logits(0, shape=(2, 5, 4, 4)).requires_grad_(),
+        logits(1, shape=(2, 5, 4, 4)),
+    )
+    mask = torch.zeros((2, 1, 8, 8), dtype=torch.uint8)
+    mask[:, :, :2], mask[:, :, 2:3] = PADDING, PADDING
+    value = loss(projected, target, mask)
+    value.backward()
+    assert not projected.grad[:, :, 0].any()
+    assert projected.grad[:, :, 1].any()
+    plain = torch.zeros_like(mask)
+    ours = projected.detach()
+    half, rest = ((ours[:, :, rows], target[:, :, rows]) for rows in ([1], [2, 3]))
+    rows = [loss(*half, plain[:, :, :2]), loss(*rest, plain[:, :, :4])]
+    expected = (0.5 * rows[0] + 2 * rows[1]) / 2.5
+    assert value.item() == pytest.approx(float(expected), rel=1e-5)
+    assert float(loss(ours, target, torch.full_like(mask, PADDING))) == 0
 
 
 def all_losses(student, teacher, mask):
@@ -194,5 +217,5 @@ def test_losses_of_parts_add_up_to_the_loss_of_the_whole():
     of(losses.mse, student, teacher, mask)
     of(losses.bce, student, mask)
     of(losses.dice, student, mask)
-    of(losses.feature_mse, projected, target)
-    of(losses.feature_cosine, projected, target)
+    of(losses.feature_mse, projected, target, mask)
+    of(losses.feature_cosine, projected, target, mask)

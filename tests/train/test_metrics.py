@@ -67,6 +67,7 @@ def test_unlabelled_image_says_nothing():
     scores.add(torch.ones(2, 2), torch.full((2, 2), IGNORE, dtype=torch.uint8))
     assert math.isnan(scores.miou)
     assert math.isnan(scores.false_positive_rate)
+    assert math.isnan(scores.iou_person_pooled)
 
 
 def test_agreement_counts_ignored_pixels_but_no_padding():

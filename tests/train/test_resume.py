@@ -9,12 +9,17 @@ import signal
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from training import FAST, config, metrics, state_digest, train
 
 from kdcache.cache.reader import Cache
+from kdcache.config import TrainConfig
 from kdcache.errors import RunError
-from kdcache.train import loop
-from kdcache.train.run_folder import read_checkpoint, read_config
+from kdcache.train import loop, run_folder
+from kdcache.train.run_folder import claimed, read_checkpoint, read_config
+from kdcache.train.student import build_student
+
+FAST_ENCODER = TrainConfig().student_encoder
 
 
 @pytest.fixture(scope="module")
@@ -199,8 +204,87 @@ def test_existing_run_is_not_overwritten_and_a_resume_keeps_its_settings(
 
 def test_a_stop_before_the_run_began_and_a_foreign_folder_are_told_apart(cache, tmp_path):
     (tmp_path / "begun/checkpoints").mkdir(parents=True)
+    (tmp_path / "begun/config.toml.kdtmp").touch()
     train(cache, tmp_path / "begun", epochs=1, feature_weight=0.0)
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/a.jpg").touch()
     with pytest.raises(RunError, match="not a run folder; choose another"):
         train(cache, tmp_path / "photos")
+
+
+def test_two_trainings_in_one_folder_are_one_too_many(cache, run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    with (
+        claimed(tmp_path / "run"),
+        pytest.raises(RunError, match="another process is training there"),
+    ):
+        train(cache, tmp_path / "run", resume=True)
+    with claimed(tmp_path / "new"):
+        with pytest.raises(RunError, match="another process is training there"):
+            train(cache, tmp_path / "new")
+        assert not list((tmp_path / "new").iterdir())
+    assert not (tmp_path / "new").exists()
+
+
+def test_resume_needs_the_weights_it_began_with_no_more(cache, tmp_path):
+    weights = tmp_path / "w.safetensors"
+    torch.manual_seed(7)
+    save_file(build_student(FAST_ENCODER, "random").unet.encoder.state_dict(), weights)
+    train(cache, tmp_path / "run", epochs=1, feature_weight=0.0, encoder_weights=str(weights))
+    weights.unlink()
+    shutil.copytree(tmp_path / "run", tmp_path / "longer")
+    asked = config(epochs=2, feature_weight=0.0, encoder_weights="imagenet")
+    loop.train(cache.path, tmp_path / "longer", asked, device="cpu", resume=True, extend=True)
+    assert len(metrics(tmp_path / "longer")) == 2
+    loop.train(cache.path, tmp_path / "next", asked, device="cpu", init_from=tmp_path / "run")
+
+
+def test_stopped_in_an_epoch_of_two_processes_resumes_with_two_only(cache, run, tmp_path, caplog):
+    shutil.copytree(run, tmp_path / "run")
+    path = tmp_path / "run/checkpoints/last.pt"
+    content = read_checkpoint(path)
+    torch.save(content | {"processes": 2, "steps": 1}, path)
+    with pytest.raises(RunError, match="shared, this is 1: .* --nproc-per-node=2"):
+        train(cache, tmp_path / "run", resume=True)
+    torch.save(content | {"processes": 2}, path)
+    train(cache, tmp_path / "run", resume=True)
+    assert "was trained by 2 processes, goes on with 1" in caplog.text
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0x40
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("checkpoints/last.pt", flip, "is damaged"),
+        ("checkpoints/last.pt", lambda path: path.write_bytes(b""), "is damaged"),
+        ("checkpoints/last.pt", lambda path: path.unlink(), "no such checkpoint"),
+        ("checkpoints/last.pt", lambda path: torch.save({"a": 1}, path), "no checkpoint of this"),
+        ("checkpoints/last.pt", lambda path: torch.save([1], path), "no checkpoint of this run"),
+        ("run.json", lambda path: path.write_text("[]"), "its run.json has no cache"),
+        ("run.json", lambda path: path.write_text("{}"), "its run.json has no cache"),
+        ("run.json", lambda path: path.write_text("{"), "cannot be read"),
+    ],
+)
+def test_damaged_runs_are_one_clear_error(cache, run, tmp_path, name, damage, message):
+    shutil.copytree(run, tmp_path / "run")
+    damage(tmp_path / "run" / name)
+    with pytest.raises(RunError, match=message):
+        train(cache, tmp_path / "run", resume=True)
+
+
+def test_full_disk_is_an_os_error_and_keeps_the_checkpoint(cache, run, tmp_path, monkeypatch):
+    shutil.copytree(run, tmp_path / "run")
+    before = (tmp_path / "run/checkpoints/last.pt").read_bytes()
+
+    def full(path, data):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run_folder, "write_atomic", full)
+    with pytest.raises(OSError, match="No space left"):
+        train(cache, tmp_path / "run", resume=True)
+    assert (tmp_path / "run/checkpoints/last.pt").read_bytes() == before

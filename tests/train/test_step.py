@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import os
 from pathlib import Path
@@ -18,8 +19,8 @@ from kdcache.train.loader import Batch, read_batches
 from kdcache.train.loop import _steps
 from kdcache.train.parallel import Processes, joined
 from kdcache.train.run_folder import State
-from kdcache.train.step import Trainee, all_losses, build_optimizer, take_step, weighted
-from kdcache.train.student import Projection, build_student
+from kdcache.train.step import Trainee, all_losses, build_optimizer, forward, take_step, weighted
+from kdcache.train.student import Projection, Student, build_student
 
 CONFIG = TrainConfig(encoder_weights="random", projection_hidden_dim=16, learning_rate=3e-3)
 
@@ -187,3 +188,25 @@ def test_student_and_projection_are_clipped_apart(cache):
         norms.append([float(torch.nn.utils.get_total_norm(part)) for part in parts])
     assert norms[0][0] == norms[1][0]
     assert max(norms[1]) <= 0.5 * 1.001
+
+
+def test_float16_that_never_fits_stops_instead_of_training_nothing(cache):
+    config = CONFIG.model_copy(
+        update={"mixed_precision": True, "half_precision": "float16", "mse_weight": 1e35}
+    )
+    state = new_state(cache.manifest.taps[0].shape[0], scale=64.0)
+    batches, skipped = some_batches(cache.path), []
+    with pytest.raises(RunError, match="not finite in float16.*half_precision=bfloat16"):
+        for _ in range(10):
+            skipped.append(trained(state, batches, config)["skipped"])
+    assert skipped == [1.0] * 6
+    assert not state.optimizer.state
+
+
+def test_batch_norm_of_one_value_is_one_clear_error(cache):
+    config = CONFIG.model_copy(update={"train_encoder": "all"})
+    (batch,) = read_batches(cache, [[0]], "cpu", taps=[])
+    tiny = dataclasses.replace(batch, image=batch.image[..., :32, :32])
+    trainee = Trainee(Student("timm-efficientnet-b0", trained_levels=5), None).train()
+    with pytest.raises(RunError, match="one value a channel on a batch of 1"):
+        forward(trainee, tiny, config)

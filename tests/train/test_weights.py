@@ -64,7 +64,7 @@ def test_file_that_is_absent_or_no_weights_is_refused(tmp_path):
     with pytest.raises(ModelError, match="no such file"):
         build_student(B0, str(tmp_path / "absent.pth"))
     (tmp_path / "text.pth").write_text("hello")
-    with pytest.raises(ModelError, match="cannot be read"):
+    with pytest.raises(ModelError, match="no weights can be read from it"):
         build_student(B0, str(tmp_path / "text.pth"))
 
 
@@ -102,3 +102,17 @@ def test_file_that_is_no_student_is_refused(tmp_path):
         read_student(tmp_path / "s.safetensors")
     with pytest.raises(RunError, match="kdcache train"):
         read_student(tmp_path / "absent.safetensors")
+
+
+def test_a_flipped_bit_of_a_student_is_found(tmp_path):
+    save_student(tmp_path / "s.safetensors", Student(B0).unet, {"encoder": B0})
+    data = bytearray((tmp_path / "s.safetensors").read_bytes())
+    data[len(data) // 2] ^= 0x40
+    (tmp_path / "s.safetensors").write_bytes(data)
+    with pytest.raises(RunError, match="is damaged"):
+        read_student(tmp_path / "s.safetensors")
+
+
+def test_unknown_encoder_names_the_nearest():
+    with pytest.raises(ModelError, match=r"nearest: .*timm-efficientnet-b0.*prefix tu-"):
+        Student("tim-efficientnet-b0")
