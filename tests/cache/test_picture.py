@@ -10,7 +10,8 @@ from conftest import MANIFEST, TAP, make_row
 from PIL import Image
 
 from kdcache.cache import codecs
-from kdcache.cache.layout import IMAGE, LOGITS, MASK, whole
+from kdcache.cache.format import describe_row
+from kdcache.cache.layout import IMAGE, LOGITS, MASK, ROWS, whole
 from kdcache.cache.picture import save_rows
 from kdcache.cache.reader import Cache
 from kdcache.cache.writer import CacheWriter
@@ -31,7 +32,7 @@ def cells(path, row: int) -> list[np.ndarray]:
     """The square pictures of a row of the sheet, without the text between them."""
     with Image.open(path) as picture:
         sheet = np.asarray(picture)
-    top = LINE + row * (CELL + LINE)
+    top = 2 * LINE + row * (CELL + LINE)
     return [sheet[top : top + CELL, x : x + CELL] for x in range(0, sheet.shape[1], STEP)]
 
 
@@ -98,3 +99,16 @@ def test_lit_and_masked_keep_the_person():
     mask = np.array([[1, 0], [254, 255]], np.uint8)
     assert lit(image, mask == 1)[..., 0].tolist() == [[100, 30], [30, 30]]
     assert masked(image, mask)[1, 1].tolist() == [135, 105, 25]
+
+
+def test_letters_that_the_font_lacks_are_written_as_their_codes(tmp_path):
+    key, arrays = make_row(0)
+    boxes = {}
+    for name in ("人.jpg", "\\u4eba.jpg"):
+        arrays[ROWS] = describe_row(key._replace(sample_id=name), {})
+        save_rows(
+            tmp_path / "p.png", write(tmp_path / name, [(key._replace(sample_id=name), arrays)])
+        )
+        with Image.open(tmp_path / "p.png") as picture:
+            boxes[name] = picture.tobytes()
+    assert len(set(boxes.values())) == 1
