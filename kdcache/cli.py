@@ -142,7 +142,7 @@ def demo_command(out: Path, as_json: bool) -> None:
 )
 @_option("--images", type=_path, required=True, help="Folder of images.")
 @_option("--masks", type=_path, help="Folder of masks, paired by stem.")
-@_option("--coco", type=_path, help="COCO instances JSON.")
+@_option("--coco", type=_path, help="COCO instances JSON (of persons; --set category=NAME).")
 @_option("--unlabelled", is_flag=True, help="There are no masks: distil from the models alone.")
 @_option("--all-images", is_flag=True, help="COCO: also images without a person.")
 @_option("--yolo", "yolo_onnx_path", type=_path, help="The frozen detector, an ONNX file.")
@@ -215,7 +215,7 @@ def extract(
     from kdcache.report import extract_text
 
     if coco is not None:
-        data = dataset.coco_dataset(images, coco, all_images)
+        data = dataset.coco_dataset(images, coco, all_images, settings.category)
     elif masks is not None:
         data = dataset.folder_dataset(images, masks)
     else:
@@ -233,7 +233,7 @@ def extract(
         progress=True,
     )
     _print(report, as_json, extract_text)
-    if report.skipped:
+    if report.skipped or report.changed:
         sys.exit(EXIT_SKIPPED)
 
 

@@ -35,6 +35,7 @@ SIZE_MULTIPLE_PX = 32
 
 Precision = Literal["float32", "float16", "int8", "int6", "int5", "int4"]
 Compression = Literal["zstd", "lz4", "none"]
+ResizeMode = Literal["stretch", "letterbox"]
 YoloInput = Literal["rgb01", "bgr01", "rgb255", "bgr255"]
 StudentTap = Literal["encoder", "decoder"]
 
@@ -76,9 +77,8 @@ class ExtractConfig(_Settings):
         "timm-efficientnet-b3", description="smp encoder of a teacher checkpoint"
     )
     size: int = Field(640, gt=0, le=8192, description="side of the square model input, px")
-    resize: Literal["stretch", "letterbox"] = Field(
-        "stretch", description="how an image of another shape is fitted"
-    )
+    resize: ResizeMode = Field("stretch", description="how an image of another shape is fitted")
+    category: str = Field("person", description="the COCO category that is segmented")
     precision: Precision = Field("int8", description="how features are stored")
     compression: Compression = Field("zstd", description="how all arrays are compressed")
     shard_rows: int = Field(32, ge=1, le=4096, description="rows written and committed together")

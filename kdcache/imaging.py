@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
-from typing import Literal
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from kdcache.config import ResizeMode
 from kdcache.errors import SampleError
 
 U8 = NDArray[np.uint8]
@@ -40,8 +40,6 @@ INTERPOLATION = "opencv-inter-linear"
 
 # The grey value YOLO's letterbox pads with.
 LETTERBOX_GREY = 114
-
-ResizeMode = Literal["stretch", "letterbox"]
 
 
 @dataclass(frozen=True, kw_only=True)

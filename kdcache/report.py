@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from kdcache.tables import table
+from kdcache.tables import megabytes, table
 
 if TYPE_CHECKING:
     from kdcache.cache.verify import VerifyReport
@@ -31,14 +32,38 @@ def extract_text(report: ExtractReport) -> str:
     ]
     if report.rows_found:
         lines.append(f"{report.rows_found} rows were committed before and not computed again")
-    lines += [f"{count} images left out: {why}" for why, count in report.left_out.items() if count]
-    if report.skipped:
-        lines.append(f"{len(report.skipped)} images skipped:")
-        shown = list(report.skipped.items())[:_SKIPPED_SHOWN]
-        lines += [f"  {name}: {reason}" for name, reason in shown]
-        if len(report.skipped) > len(shown):
-            lines.append(f"  … all of them: kdcache info {report.cache}")
-    return "\n".join(lines)
+    if report.gone:
+        lines.append(
+            f"{len(report.gone)} rows are of images that this dataset does not have "
+            f"({_first(report.gone)}): removed since, or of another folder"
+        )
+    return "\n".join(lines + _remarks(dataclasses.asdict(report), _SKIPPED_SHOWN))
+
+
+def _remarks(found: Mapping[str, Any], shown: int | None = None) -> list[str]:
+    """What became of images that are no rows, or doubtful ones; `shown` of each kind."""
+    lines = [f"{count} left out: {why}" for why, count in found["left_out"].items() if count]
+    for kind, heading in (
+        ("skipped", "images skipped"),
+        (
+            "changed",
+            "images are not what they were when they were extracted; their rows stay as they are "
+            "(another --out takes them as they are now)",
+        ),
+    ):
+        if found[kind]:
+            lines.append(f"{len(found[kind])} {heading}:")
+            lines += [f"  {name}: {why}" for name, why in list(found[kind].items())[:shown]]
+            if shown is not None and len(found[kind]) > shown:
+                lines.append("  … all of them: kdcache info")
+    if twins := found["in_train_and_val"]:
+        pairs = _first([f"{train} = {val}" for train, val in twins])
+        lines.append(f"{len(twins)} images of val have the pixels of one in train ({pairs})")
+    return lines
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
 def info_text(info: Mapping[str, Any]) -> str:
@@ -70,10 +95,7 @@ def info_text(info: Mapping[str, Any]) -> str:
             f"float32 ({grids})"
         )
     lines += [f"{field}: {value}" for field, value in info["fingerprint"].items()]
-    if info["skipped"]:
-        lines.append(f"{len(info['skipped'])} images were skipped:")
-        lines += [f"  {name}: {reason}" for name, reason in info["skipped"].items()]
-    return "\n".join(lines)
+    return "\n".join(lines + _remarks(info))
 
 
 def verify_text(report: VerifyReport) -> str:
@@ -182,14 +204,6 @@ def demo_text(report: DemoReport) -> str:
             f"kdcache evaluate {folder}/run {folder}/cache.zarr",
         ]
     )
-
-
-def megabytes(size_bytes: float) -> str:
-    """Bytes as kB, MB or GB (powers of 1000)."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
-        if size_bytes >= scale:
-            return f"{size_bytes / scale:.2f} {unit}"
-    return f"{size_bytes / 1e3:.1f} kB"
 
 
 def _cache_facts(info: Mapping[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Columns of text."""
+"""Numbers and columns as text."""
 
 from __future__ import annotations
 
@@ -15,3 +15,11 @@ def table(rows: Sequence[Sequence[str]]) -> str:
         ).rstrip()
         for row in rows
     )
+
+
+def megabytes(size_bytes: float) -> str:
+    """Bytes as kB, MB or GB (powers of 1000)."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
+        if size_bytes >= scale:
+            return f"{size_bytes / scale:.2f} {unit}"
+    return f"{size_bytes / 1e3:.1f} kB"

@@ -17,8 +17,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -204,17 +204,34 @@ def group_document(attributes: Mapping[str, Any]) -> bytes:
     return node_bytes({"attributes": dict(attributes), "zarr_format": 3, "node_type": "group"})
 
 
-def skipped_document(reasons: Mapping[str, str]) -> bytes:
-    """The zarr.json that lists skipped images: sample id to reason."""
-    return signed_document(SKIPPED, {"images": dict(reasons)})
+@dataclass(frozen=True, kw_only=True)
+class Remarks:
+    """What the last extraction that ended had to say about its dataset."""
+
+    skipped: Mapping[str, str] = field(default_factory=dict)  # sample id or file to reason
+    left_out: Mapping[str, int] = field(default_factory=dict)  # reason to number
+    changed: Mapping[str, str] = field(default_factory=dict)  # sample id to what its files are now
+    # (train id, val id) of images with the same pixels
+    in_train_and_val: Sequence[tuple[str, str]] = ()
+
+    def document(self) -> bytes:
+        """The zarr.json of the group `skipped`."""
+        record = dataclasses.asdict(self)
+        return signed_document(SKIPPED, {"images": record.pop("skipped"), **record})
 
 
-def read_skipped(cache: Path) -> dict[str, str]:
-    """Sample id to reason, of the images the last extraction had to skip."""
+def read_remarks(cache: Path) -> Remarks:
+    """The remarks of the last extraction; raises CacheError when they were lost or altered."""
     path = cache / "skipped" / "zarr.json"
     if not path.is_file():
         raise CacheError(f"{path} was deleted; the next `kdcache extract` writes it again")
-    return dict(_read_signed(path, SKIPPED)["images"])
+    record = _read_signed(path, SKIPPED)
+    return Remarks(
+        skipped=record["images"],
+        left_out=record["left_out"],
+        changed=record["changed"],
+        in_train_and_val=tuple((train, val) for train, val in record["in_train_and_val"]),
+    )
 
 
 def signed_document(attribute: str, record: Mapping[str, Any]) -> bytes:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from typing import Any
 
-from kdcache.cache.format import read_skipped
+from kdcache.cache.format import read_remarks
 from kdcache.cache.layout import IMAGE, LOGITS, MASK
 from kdcache.cache.reader import Cache
 
@@ -53,7 +54,7 @@ def describe(cache: Cache) -> dict[str, Any]:
             for tap in cache.manifest.taps
             if features[tap.name]
         },
-        "skipped": read_skipped(cache.path),
+        **dataclasses.asdict(read_remarks(cache.path)),
         "fingerprint": dict(cache.manifest.fingerprint),
         "versions": dict(cache.manifest.versions),
     }

@@ -155,11 +155,13 @@ class ShardFile:
         self._digest = hashlib.sha256()
         self._file = open(self._temporary, "wb")  # noqa: SIM115 - closed by finish or abandon
 
-    def append(self, array: NDArray[np.generic]) -> None:
+    def append(self, array: NDArray[np.generic]) -> int:
+        """Compress and write a row; returns the bytes it takes."""
         stored, crc = encode_chunk(array, self._compression)
         self._index.append((self._offset, len(stored)))
         self._crcs.append(crc)
         self._write(stored)
+        return len(stored)
 
     def finish(self) -> ObjectRecord:
         """Write the index and make the file durable under its own name."""

@@ -28,8 +28,8 @@ from kdcache.cache.format import (
     parse_row,
     read_commit,
     read_node,
+    read_remarks,
     read_root,
-    read_skipped,
 )
 from kdcache.cache.layout import MASK, ROWS, ArraySpec
 from kdcache.cache.shard import DamagedError, chunk_range, decode_chunk, decode_index, index_bytes
@@ -216,8 +216,8 @@ def _check_nodes(
 
 def _check_skipped(path: Path) -> Iterator[Problem]:
     try:
-        read_skipped(path)
-    except (CacheError, OSError) as error:
+        read_remarks(path)
+    except (CacheError, OSError, KeyError, ValueError) as error:
         yield Problem(path="skipped/zarr.json", problem=str(error))
 
 

@@ -25,6 +25,7 @@ from zarr.storage import MemoryStore
 
 from kdcache.cache.format import (
     Commit,
+    Remarks,
     Root,
     RowKey,
     commit_path,
@@ -35,8 +36,6 @@ from kdcache.cache.format import (
     read_commits,
     read_node,
     read_root,
-    read_skipped,
-    skipped_document,
 )
 from kdcache.cache.layout import ArraySpec, Manifest
 from kdcache.cache.shard import LZ4_LEVEL, ZSTD_LEVEL, ShardFile
@@ -63,6 +62,7 @@ class CacheWriter:
         self._files: dict[str, ShardFile] = {}
         # An interrupt may end the block while another thread is inside `append`.
         self._row_lock = threading.RLock()
+        self.bytes_written = 0  # compressed rows so far, committed or not
         self._torn = False  # a row reached some arrays only: the open shard must not be committed
         if not path.exists():
             _create(path, manifest)
@@ -119,7 +119,8 @@ class CacheWriter:
         if not self._files:
             self._open_shard()
         for spec in self._specs:
-            self._files[spec.path].append(spec.transform.forward(arrays[spec.path]))
+            stored = self._files[spec.path].append(spec.transform.forward(arrays[spec.path]))
+            self.bytes_written += stored
         self._keys.append(key)
         self._torn = False
         if len(self._keys) == self.manifest.shard_rows:
@@ -155,12 +156,11 @@ class CacheWriter:
         shard_rows = self.manifest.shard_rows
         self._declare(rows=(self._shard + -(-rows // shard_rows)) * shard_rows)
 
-    def record_skipped(self, reasons: Mapping[str, str]) -> None:
-        """Store which images had to be left out and why, in place of the last list."""
-        with contextlib.suppress(CacheError):  # lost or altered: written anew
-            if read_skipped(self._path) == dict(reasons):
-                return
-        write_atomic(self._path / "skipped" / "zarr.json", skipped_document(reasons))
+    def remark(self, remarks: Remarks) -> None:
+        """Store what there is to say about the dataset, in place of what the last writer said."""
+        path, document = self._path / "skipped" / "zarr.json", remarks.document()
+        if not path.is_file() or path.read_bytes() != document:
+            write_atomic(path, document)
 
     def _refuse_torn(self) -> None:
         if self._torn:
@@ -241,7 +241,7 @@ def _create(path: Path, manifest: Manifest) -> None:
     documents = {name: group_document(attributes) for name, attributes in groups.items()}
     documents |= {spec.path: _array_document(spec, manifest) for spec in manifest.arrays()}
     nodes = {name: node_digest(json.loads(text)) for name, text in documents.items()}
-    documents["skipped"] = skipped_document({})
+    documents["skipped"] = Remarks().document()
     documents["."] = Root(manifest=manifest, nodes=nodes, array_rows=0, shards=0).document()
     path.parent.mkdir(parents=True, exist_ok=True)
     _sweep_staging(path)

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import stat
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
-from pycocotools import mask as coco_mask
 
 from kdcache.errors import DatasetError, SampleError
-from kdcache.imaging import IGNORE, IMAGE_SUFFIXES, PERSON, U8, decode_mask
+from kdcache.imaging import IGNORE, IMAGE_SUFFIXES, U8, decode_mask
+from kdcache.precompute.coco import PERSON_CATEGORY, is_crowd, rasterise, read_coco
 
-CATEGORY = "person"
+
+class Source(NamedTuple):
+    """What a sample is made of, as read: `label` is its mask file, or its COCO annotations as JSON."""
+
+    image: bytes
+    label: bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,15 +38,27 @@ class Sample:
     annotated_size_px: tuple[int, int] | None = None
     labelled: bool = True
 
-    def mask(self, height: int, width: int) -> U8:
+    def read(self) -> Source:
+        """Read the source files, once; raises SampleError when one cannot be read."""
+        image = _read_file(self.image_path, "the image")
+        if self.mask_path is not None:
+            return Source(image, _read_file(self.mask_path, "the mask"))
+        if not self.labelled:
+            return Source(image, b"")
+        # what the mask is drawn from, and no more: other fields may change
+        drawn = [[a.get("segmentation"), is_crowd(a)] for a in self.annotations]
+        return Source(image, json.dumps(drawn).encode())
+
+    def mask(self, label: bytes, height: int, width: int) -> U8:
         """The (height, width) mask of the decoded image: 0, 1 (person), 255 (crowd, or no label).
 
-        Raises SampleError when the mask is for an image of another size: scaling it in silence
-        would hide a wrong pairing or an EXIF rotation that the mask does not know of.
+        `label` is what `read` gave. Raises SampleError when the mask is for an image of another
+        size: scaling it in silence would hide a wrong pairing or an EXIF rotation that the mask
+        does not know of.
         """
         if not self.labelled:
             return np.full((height, width), IGNORE, np.uint8)
-        mask = None if self.mask_path is None else decode_mask(self.mask_path.read_bytes())
+        mask = None if self.mask_path is None else decode_mask(label)
         size = self.annotated_size_px if mask is None else mask.shape
         if size != (height, width):
             turned = size == (width, height)
@@ -55,106 +73,116 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """The samples to extract, in order, and what was left out on purpose."""
+    """The samples to extract, in order, and what became of everything else."""
 
     samples: Sequence[Sample]
-    left_out: Mapping[str, int] = field(default_factory=dict)  # reason to number of images
+    # name to reason, of files that were meant as samples and can be none: reported as skipped
+    refused: Mapping[str, str] = field(default_factory=dict)
+    left_out: Mapping[str, int] = field(default_factory=dict)  # reason to number
 
 
 def folder_dataset(images: Path, masks: Path) -> Dataset:
     """Pair every image with the mask of exactly its stem and subfolder.
 
-    Raises DatasetError naming the images without a mask, the masks without an image, or a stem
-    that two files share, before any model is loaded.
+    An image without a mask, or with two, and two images of one stem are refused by name; masks
+    without an image are counted. Raises DatasetError when nothing pairs, before any model is
+    loaded.
     """
-    image_files, mask_files = _by_stem(images, "--images"), _by_stem(masks, "--masks")
-    unpaired_images = sorted(image_files.keys() - mask_files.keys())
-    unpaired_masks = sorted(mask_files.keys() - image_files.keys())
-    if unpaired_images or unpaired_masks:
+    found, found_masks = _listed(images, "--images"), _listed(masks, "--masks")
+    by_stem, masks_by_stem = _by_stem(found.files), _by_stem(found_masks.files)
+    samples: list[Sample] = []
+    refused = found.refused | {f"mask {name}": why for name, why in found_masks.refused.items()}
+    for stem, names in by_stem.items():
+        its_masks = masks_by_stem.get(stem, [])
+        if len(names) == len(its_masks) == 1:
+            samples.append(
+                Sample(
+                    sample_id=names[0],
+                    image_path=images / names[0],
+                    mask_path=masks / its_masks[0],
+                )
+            )
+            continue
+        if not its_masks:
+            why = f"no mask of the same name in {masks}"
+        else:
+            why = (
+                f"{', '.join(names)} and {', '.join(f'mask {m}' for m in its_masks)} share one stem"
+            )
+            why += ": which belong together? Rename or remove the others"
+        refused |= dict.fromkeys(names, why)
+    without_image = sum(len(m) for stem, m in masks_by_stem.items() if stem not in by_stem)
+    if not samples:
         raise DatasetError(
-            f"{_some(unpaired_images)} in {images} have no mask of the same name in {masks}; "
-            f"{_some(unpaired_masks)} in {masks} have no image; add, rename or remove them"
+            f"no image in {images} has a mask of the same name in {masks}: {_some(by_stem)} "
+            f"and {_some(masks_by_stem)}; an image a/b.jpg needs the mask a/b.png"
         )
-    samples = [
-        Sample(
-            sample_id=path.relative_to(images).as_posix(),
-            image_path=path,
-            mask_path=mask_files[stem],
-        )
-        for stem, path in sorted(image_files.items())
-    ]
-    return Dataset(samples=samples)
+    left_out = Counter(found.left_out)
+    left_out[f"masks without an image in {images}"] = without_image
+    return Dataset(samples=samples, refused=refused, left_out=left_out)
 
 
 def unlabelled_dataset(images: Path) -> Dataset:
-    """Every image of a folder and its subfolders, without masks.
-
-    Raises DatasetError when there is none, or two share a stem.
-    """
-    return Dataset(
-        samples=[
-            Sample(sample_id=path.relative_to(images).as_posix(), image_path=path, labelled=False)
-            for path in _by_stem(images, "--images").values()
-        ]
-    )
+    """Every image of a folder and its subfolders, without masks; DatasetError when there is none."""
+    found = _listed(images, "--images")
+    samples = [
+        Sample(sample_id=name, image_path=images / name, labelled=False) for name in found.files
+    ]
+    return Dataset(samples=samples, refused=found.refused, left_out=found.left_out)
 
 
-def coco_dataset(images: Path, annotations: Path, all_images: bool = False) -> Dataset:
-    """The images of a COCO instances file, with their person annotations.
+def coco_dataset(
+    images: Path, annotations: Path, all_images: bool = False, category: str = PERSON_CATEGORY
+) -> Dataset:
+    """The images of a COCO instances file, with their annotations of one category.
 
-    Without `all_images` only images with a person that is not a crowd are taken; the rest are
-    counted. Raises DatasetError when the file is not COCO instances JSON or selects nothing.
+    Without `all_images` only images with an instance that is not a crowd are taken; the rest are
+    counted. Images that are listed twice are refused by name. Raises DatasetError when the file is
+    not COCO instances JSON or selects nothing.
     """
     if not images.is_dir():
         raise DatasetError(f"--images {images}: no such folder")
-    document = _read_coco(annotations)
-    categories = [c["id"] for c in document["categories"] if c["name"] == CATEGORY]
-    if not categories:
+    document = read_coco(annotations)
+    ids = {str(c["id"]) for c in document["categories"] if c["name"] == category}
+    if not ids:
         names = ", ".join(sorted(c["name"] for c in document["categories"])[:10])
-        raise DatasetError(f"{annotations} has no category {CATEGORY!r}; it has {names}")
+        raise DatasetError(f"{annotations} has no category {category!r}; it has {names}")
     by_image: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for annotation in document["annotations"]:
-        if annotation["category_id"] in categories:
+        if str(annotation["category_id"]) in ids:
             by_image[str(annotation["image_id"])].append(annotation)
-    samples, without_person = [], 0
+    listed = Counter(str(image["id"]) for image in document["images"])
+    named = Counter(image["file_name"] for image in document["images"])
+    left_out = Counter({f"no {category} in it": 0})
+    left_out[f"{category} annotations of images that {annotations.name} does not list"] = sum(
+        len(entries) for image_id, entries in by_image.items() if image_id not in listed
+    )
+    samples: list[Sample] = []
+    refused: dict[str, str] = {}
     for image in sorted(document["images"], key=lambda image: image["file_name"]):
-        people = by_image[str(image["id"])]
-        if not all_images and all(_is_crowd(person) for person in people):
-            without_person += 1
-            continue
-        samples.append(
-            Sample(
-                sample_id=image["file_name"],
-                image_path=images / image["file_name"],
-                annotations=tuple(people),
-                annotated_size_px=(image["height"], image["width"]),
+        name, instances = image["file_name"], by_image[str(image["id"])]
+        if not all_images and all(is_crowd(instance) for instance in instances):
+            left_out[f"no {category} in it"] += 1
+        elif named[name] > 1 or listed[str(image["id"])] > 1:
+            what = "its name" if named[name] > 1 else f"its id {image['id']!r}"
+            refused[name] = f"{annotations.name} lists {what} more than once: whose masks are they?"
+        else:
+            samples.append(
+                Sample(
+                    sample_id=name,
+                    image_path=images / name,
+                    annotations=tuple(instances),
+                    annotated_size_px=(image["height"], image["width"]),
+                )
             )
-        )
-    ids = Counter(sample.sample_id for sample in samples)
-    if repeated := [name for name, count in ids.items() if count > 1]:
-        raise DatasetError(f"{annotations} lists {_some(repeated)} more than once")
     if not samples:
-        raise DatasetError(f"{annotations} lists no image with a {CATEGORY}")
+        raise DatasetError(f"{annotations} lists no image with a {category} that can be used")
     if not any(sample.image_path.is_file() for sample in samples):
         raise DatasetError(
             f"none of the {len(samples)} images that {annotations} lists is in {images} "
             f"(first: {samples[0].sample_id}); point --images at the folder of its files"
         )
-    return Dataset(samples=samples, left_out={f"no {CATEGORY} in it": without_person})
-
-
-def rasterise(annotations: Sequence[Mapping[str, Any]], height: int, width: int) -> U8:
-    """COCO polygons and run lengths (compressed or not) to a (height, width) mask.
-
-    People win over crowd regions where both cover a pixel.
-    """
-    mask = np.zeros((height, width), np.uint8)
-    for crowd in (True, False):
-        for annotation in annotations:
-            if _is_crowd(annotation) == crowd:
-                covered = _covered(annotation.get("segmentation"), height, width)
-                mask[covered] = IGNORE if crowd else PERSON
-    return mask
+    return Dataset(samples=samples, refused=refused, left_out=left_out)
 
 
 def split_of(sample_id: str, val_fraction: float, seed: int) -> str:
@@ -166,143 +194,87 @@ def split_of(sample_id: str, val_fraction: float, seed: int) -> str:
     return "val" if int.from_bytes(digest[:8], "big") < val_fraction * 2**64 else "train"
 
 
-def _is_crowd(annotation: Mapping[str, Any]) -> bool:
-    return str(annotation.get("iscrowd", 0)) not in ("0", "0.0", "False", "None")
-
-
-def _covered(segmentation: Any, height: int, width: int) -> NDArray[np.bool_]:
+def _read_file(path: Path, what: str) -> bytes:
+    """A regular file's bytes; a pipe or device would keep the reader waiting for ever."""
     try:
-        if isinstance(segmentation, list):
-            _check_polygons(segmentation, height, width)
-            encoded = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
-        elif isinstance(segmentation["counts"], list):
-            encoded = coco_mask.frPyObjects(segmentation, height, width)
-        else:
-            encoded = segmentation
-        # pycocotools trusts these: it would read past the end, or leave the rest 0 in silence
-        runs = _run_lengths(encoded["counts"])
-        if (
-            list(encoded["size"]) != [height, width]
-            or min(runs, default=-1) < 0
-            or sum(runs) != height * width
-        ):
-            raise ValueError(f"its run lengths do not cover {height}×{width} pixels")
-        return np.asarray(coco_mask.decode(encoded), bool)
-    except Exception as error:  # pycocotools raises bare Exceptions
-        raise SampleError(f"its COCO segmentation cannot be read: {error}") from error
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise SampleError(f"{what} is not a regular file ({path})")
+        return path.read_bytes()
+    except OSError as error:
+        raise SampleError(f"{what} cannot be read: {error.strerror} ({path})") from error
 
 
-def _check_polygons(polygons: Sequence[Any], height: int, width: int) -> None:
-    """pycocotools hangs on NaN, crashes on huge coordinates and drops an odd last number."""
-    if not polygons:
-        raise ValueError("it is empty")
-    limit = 10 * (height + width)
-    for polygon in polygons:
-        points = np.asarray(polygon, np.float64)
-        if points.ndim != 1 or points.size < 6 or points.size % 2:
-            raise ValueError(
-                f"a polygon has {points.size} numbers, expected x, y of 3 points or more"
-            )
-        if not (np.abs(points) <= limit).all():
-            raise ValueError(f"a polygon's coordinates are not within ±{limit} px")
+class _Listing(NamedTuple):
+    files: list[str]  # paths below the folder, sorted
+    refused: dict[str, str]
+    left_out: Counter[str]
 
 
-def _run_lengths(counts: str | bytes) -> list[int]:
-    """The run lengths of a compressed RLE, as the COCO API's maskApi.c encodes them.
-
-    5 bits a character from "0" on, low bits first, 0x20 says that more follow; from the fourth
-    run on each is a difference to the last but one.
-    """
-    data = counts.encode() if isinstance(counts, str) else counts
-    runs: list[int] = []
-    position = 0
-    while position < len(data):
-        value, shift, more = 0, 0, True
-        while more:
-            bits = data[position] - 48
-            value |= (bits & 0x1F) << shift
-            more = bool(bits & 0x20)
-            position, shift = position + 1, shift + 5
-            if not more and bits & 0x10:
-                value |= -1 << shift
-        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-    return runs
-
-
-def _by_stem(folder: Path, option: str) -> dict[str, Path]:
+def _listed(folder: Path, option: str) -> _Listing:
+    """The image files below a folder; raises DatasetError when there is none."""
     if not folder.is_dir():
         raise DatasetError(f"{option} {folder}: no such folder")
-    found: dict[str, Path] = {}
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() not in IMAGE_SUFFIXES or not path.is_file():
-            continue
-        stem = path.relative_to(folder).with_suffix("").as_posix()
-        _refuse_unencodable(stem, option)
-        if stem in found:
-            raise DatasetError(
-                f"{found[stem]} and {path} differ only in their suffix; which one is meant? "
-                "Move one of them away"
-            )
-        found[stem] = path
-    if not found:
+    files: list[str] = []
+    refused: dict[str, str] = {}
+    left_out: Counter[str] = Counter()
+    for path, problem in _walk(folder, ()):
+        name = path.relative_to(folder).as_posix()
+        suffix = path.suffix.lower()
+        if problem:
+            refused[_printable(name)] = problem
+        elif suffix not in IMAGE_SUFFIXES:
+            left_out[f"files of suffix {_printable(suffix) or '(none)'}, not an image's"] += 1
+        elif _printable(name) != name:
+            # it can neither be stored as a sample id nor printed
+            refused[_printable(name)] = "its name is not valid UTF-8; rename it"
+        else:
+            files.append(name)
+    if not files:
         kinds = " ".join(sorted(IMAGE_SUFFIXES))
-        raise DatasetError(f"{option} {folder}: no image in it or below it (looked for {kinds})")
-    return found
-
-
-_ENTRY_FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
-    "images": {"id": (int, str), "file_name": str, "height": int, "width": int},
-    "annotations": {"image_id": (int, str), "category_id": (int, str)},
-    "categories": {"id": (int, str), "name": str},
-}
-_LARGEST_SIDE_PX = 100_000
-
-
-def _read_coco(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """The three lists of a COCO file, each entry checked for the fields that are used of it."""
-    if not path.is_file():
-        raise DatasetError(f"--coco {path}: no such file")
-    try:
-        document = json.loads(path.read_bytes())
-        missing = [key for key in _ENTRY_FIELDS if not isinstance(document.get(key), list)]
-    except (ValueError, AttributeError) as error:
-        raise DatasetError(f"--coco {path}: not a JSON object: {error}") from error
-    if missing:
+        others = "".join(f"; {name}: {why}" for name, why in list(refused.items())[:3])
         raise DatasetError(
-            f"--coco {path}: no list {' or '.join(missing)} in it; expected COCO instances JSON"
+            f"{option} {folder}: no image in it or below it (looked for {kinds}){others}"
         )
-    for kind, fields in _ENTRY_FIELDS.items():
-        for number, entry in enumerate(document[kind]):
-            _check_entry(f"--coco {path}: {kind}[{number}]", entry, fields)
-    return dict(document)
+    return _Listing(sorted(files), refused, left_out)
 
 
-def _check_entry(where: str, entry: Any, fields: Mapping[str, type | tuple[type, ...]]) -> None:
-    if not isinstance(entry, dict):
-        raise DatasetError(f"{where}: expected an object, it is {entry!r}")
-    for name, kind in fields.items():
-        if not isinstance(entry.get(name), kind) or entry[name] == "":
-            raise DatasetError(f"{where}: {name} is {entry.get(name)!r}; expected COCO's {name}")
-        if name in ("height", "width") and not 0 < entry[name] <= _LARGEST_SIDE_PX:
-            raise DatasetError(
-                f"{where}: {name} is {entry[name]}; expected 1 to {_LARGEST_SIDE_PX} px"
-            )
-    file_name = entry.get("file_name", "")
-    _refuse_unencodable(file_name, where)
-    if file_name.startswith("/") or ".." in Path(file_name).parts:
-        raise DatasetError(f"{where}: file_name {file_name!r} leads out of the --images folder")
-
-
-def _refuse_unencodable(name: str, where: str) -> None:
-    """A name with bytes that are not UTF-8 can neither be stored as a sample id nor printed."""
+def _walk(folder: Path, above: tuple[tuple[int, int], ...]) -> Iterator[tuple[Path, str]]:
+    """Every file below a folder, and what is wrong with it; links are followed, but not in circles."""
     try:
-        name.encode()
-    except UnicodeEncodeError as error:
-        raise DatasetError(
-            f"{where}: the file name {name!a} is not valid UTF-8; rename it"
-        ) from error
+        own = folder.stat()
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        yield folder, f"the folder cannot be read: {error.strerror}"
+        return
+    above = (*above, (own.st_dev, own.st_ino))
+    for entry in entries:
+        path = folder / entry.name
+        try:
+            status = entry.stat()
+        except OSError as error:
+            yield path, f"a link that leads nowhere: {error.strerror}"
+            continue
+        if (status.st_dev, status.st_ino) in above:
+            yield path, "a link to a folder that it is in itself"
+        elif stat.S_ISDIR(status.st_mode):
+            yield from _walk(path, above)
+        else:
+            yield path, "" if stat.S_ISREG(status.st_mode) else "not a regular file"
 
 
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
-    return f"{len(names)} images ({shown})" if names else "0 images"
+def _by_stem(names: Sequence[str]) -> dict[str, list[str]]:
+    """Names by their path without suffix; `1` and `10` are two stems."""
+    stems: dict[str, list[str]] = {}
+    for name in names:
+        stems.setdefault(Path(name).with_suffix("").as_posix(), []).append(name)
+    return stems
+
+
+def _printable(name: str) -> str:
+    """The name, or with \\x escapes where its bytes are no UTF-8."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def _some(names: Mapping[str, Any]) -> str:
+    shown = ", ".join(list(names)[:5]) + (", …" if len(names) > 5 else "")
+    return f"{len(names)} stems ({shown})"

@@ -13,16 +13,14 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from kdcache.cache import codecs
-from kdcache.cache.format import RowKey, describe_row
+from kdcache.cache.format import Remarks, RowKey, describe_row
 from kdcache.cache.layout import IMAGE, LOGITS, MASK, ROWS, Manifest, TapSpec
 from kdcache.cache.reader import Cache
 from kdcache.cache.writer import CacheWriter
@@ -34,12 +32,16 @@ from kdcache.errors import (
     SampleError,
     device_memory,
 )
-from kdcache.imaging import INTERPOLATION, U8, decode_image, place, resize_image, resize_mask
+from kdcache.imaging import INTERPOLATION
+from kdcache.precompute.coco import PERSON_CATEGORY
 from kdcache.precompute.dataset import Dataset, Sample, split_of
 from kdcache.precompute.onnx_session import Device, resolve_device
+from kdcache.precompute.sources import Digests, Prepared, Tally, changed, prepare, twins
 from kdcache.precompute.teacher import Teacher
 from kdcache.precompute.yolo import Yolo
+from kdcache.progress import Progress
 from kdcache.stop import StopRequest
+from kdcache.tables import megabytes
 
 log = logging.getLogger(__name__)
 
@@ -56,32 +58,16 @@ class ExtractReport:
     rows_added: int
     rows_total: int
     rows_found: int  # committed by an earlier run and not computed again
-    skipped: Mapping[str, str]  # sample id to reason
+    skipped: Mapping[str, str]  # sample id (or file that can be none) to reason
     left_out: Mapping[str, int]
+    changed: Mapping[
+        str, str
+    ]  # sample id to what its files are now, of rows that stay as they were
+    gone: Sequence[str]  # ids of rows that the dataset no longer has
+    in_train_and_val: Sequence[tuple[str, str]]  # ids of images with the same pixels
     seconds: float  # all of it, loading the models included
     images_per_s: float  # without the loading
     bytes_added: int
-
-
-class Prepared(NamedTuple):
-    """A decoded sample at the models' input size."""
-
-    key: RowKey
-    image: U8  # (H, W, 3)
-    mask: U8  # (H, W)
-    details: dict[str, Any]
-
-
-@dataclass
-class _Tally:
-    skipped: dict[str, str] = field(default_factory=dict)
-    strict: bool = False
-
-    def skip(self, key: RowKey, error: Exception) -> None:
-        if self.strict:
-            raise DatasetError(f"{key.sample_id}: {error} (--strict stops here)") from error
-        log.warning("skipped %s: %s", key.sample_id, error)
-        self.skipped[key.sample_id] = str(error)
 
 
 def extract(
@@ -105,58 +91,73 @@ def extract(
     """
     started = time.monotonic()
     place_on = resolve_device(device)
+    tally = Tally(strict)
+    for name, reason in dataset.refused.items():
+        tally.refuse(name, reason)
     planned = _planned(dataset, config, split, limit)
     if out.exists() and not (out / "zarr.json").is_file():
         raise CacheError(f"--out {out} exists and is not a kdcache cache; choose another")
-    found = Cache(out) if out.exists() else None
-    _refuse_second_split(planned, found)
+    known = _known(out)
+    tally.pixels |= {key: digests.pixels_sha256 for key, digests in known.items()}
+    _refuse_second_split(planned, known, out)
     yolo, teacher = _load_models(config, place_on)
     manifest = _manifest(config, yolo, teacher, place_on)
-    tally = _Tally(strict=strict)
-    committed = set(found.keys) if found else set()
-    todo = [(key, sample) for key, sample in planned if key not in committed]
-    prepared = _prepare(todo, config, workers, tally)
+    todo = [(key, sample) for key, sample in planned if key not in known]
+    prepared = prepare(todo, config.size, config.resize, workers, tally)
     first = next(prepared, None)
-    if first is None and found is None:
+    if first is None and not out.exists():
         reasons = "; ".join(
             f"{name}: {why}" for name, why in itertools.islice(tally.skipped.items(), 3)
         )
         raise DatasetError(f"none of the {len(todo)} images can be used ({reasons})")
-    models_ready = time.monotonic()
     with StopRequest().listening() as stop, CacheWriter(out, manifest) as writer:
+        committed = [(sample, known[key]) for key, sample in planned if key in known]
+        old = changed(committed, workers, progress, stop)
+        models_ready = time.monotonic()
         writer.expect(len(todo))
         before = len(writer.committed)
         rows = itertools.chain([first] if first else [], prepared)
-        shown = tqdm(
-            rows,
-            total=len(todo),
-            desc="extract",
-            unit="image",
-            smoothing=0.05,
-            disable=None if progress else True,
-        )
         size = batch_size or _DEFAULT_BATCH[place_on]
-        _run(shown, yolo, teacher, writer, size, tally, stop)
+
+        def facts() -> list[str]:
+            return [megabytes(writer.bytes_written), f"{len(tally.skipped)} skipped"]
+
+        with Progress("extract", len(todo), "image", shown=progress, facts=facts) as bar:
+            _run(rows, yolo, teacher, writer, size, tally, bar, stop)
         if stop.asked:
             raise KeyboardInterrupt
         writer.commit()
-        writer.record_skipped(tally.skipped)
         total = len(writer.committed)
+        remarks = Remarks(
+            skipped=tally.skipped,
+            left_out=dataset.left_out,
+            changed=old,
+            in_train_and_val=twins(tally.pixels.items()),
+        )
+        writer.remark(remarks)
     ended = time.monotonic()
     cache = Cache(out)
-    new_commits = [commit for commit in cache.commits if committed.isdisjoint(commit.keys)]
+    new_commits = [commit for commit in cache.commits if known.keys().isdisjoint(commit.keys)]
     return ExtractReport(
         cache=out,
         device=place_on,
         rows_added=total - before,
         rows_total=total,
         rows_found=len(planned) - len(todo),
-        skipped=tally.skipped,
-        left_out=dataset.left_out,
+        gone=_gone(planned, known) if limit is None else [],
         seconds=ended - started,
         images_per_s=(total - before) / (ended - models_ready),
         bytes_added=sum(o.size_bytes for commit in new_commits for o in commit.objects.values()),
+        **vars(remarks),
     )
+
+
+def _known(out: Path) -> dict[RowKey, Digests]:
+    """The rows that a cache holds already, if there is one."""
+    if not out.exists():
+        return {}
+    found = Cache(out)
+    return {key: Digests.of(row.details) for key, row in zip(found.keys, found, strict=True)}
 
 
 def _planned(
@@ -176,24 +177,31 @@ def _split(sample: Sample, config: ExtractConfig, split: str) -> str:
     return split
 
 
-def _refuse_second_split(planned: Sequence[tuple[RowKey, Sample]], found: Cache | None) -> None:
+def _refuse_second_split(
+    planned: Sequence[tuple[RowKey, Sample]], known: Mapping[RowKey, Digests], out: Path
+) -> None:
     """The same photo in train and val would make the validation score a lie.
 
     Equal names alone are not enough to refuse: two folders may number their files alike.
     """
-    if found is None:
-        return
-    committed = {key.sample_id: (index, key.split) for index, key in enumerate(found.keys)}
+    split_of_id = {key.sample_id: key.split for key in known}
     for key, sample in planned:
-        index, split = committed.get(key.sample_id, (0, key.split))
-        if split == key.split or not sample.image_path.is_file():
+        split = split_of_id.get(key.sample_id, key.split)
+        if split == key.split or key in known or not sample.image_path.is_file():
             continue
         digest = hashlib.sha256(sample.image_path.read_bytes()).hexdigest()
-        if digest == found[index].details["source_sha256"]:
+        if digest == known[key._replace(split=split)].image_sha256:
             raise ConfigError(
-                f"{key.sample_id} is in {found.path} as {split}, now it would be added as {key.split} "
+                f"{key.sample_id} is in {out} as {split}, now it would be added as {key.split} "
                 "too; use the --val-fraction, seed and --split it was extracted with"
             )
+
+
+def _gone(planned: Sequence[tuple[RowKey, Sample]], known: Mapping[RowKey, Digests]) -> list[str]:
+    """Ids of rows of the splits that were asked for which the dataset does not have."""
+    here = {key for key, _ in planned}
+    splits = {key.split for key in here}
+    return [key.sample_id for key in known if key.split in splits and key not in here]
 
 
 def _load_models(config: ExtractConfig, device: str) -> tuple[Yolo, Teacher]:
@@ -235,6 +243,8 @@ def _manifest(config: ExtractConfig, yolo: Yolo, teacher: Teacher, device: str) 
         "views": "resized only",
         "execution_provider": f"{device} float32",
     }
+    if config.category != PERSON_CATEGORY:
+        fingerprint["category"] = config.category
     libraries = ("kdcache", "numpy", "opencv-python-headless", "pillow", "torch", "onnx")
     return Manifest(
         size_px=config.size,
@@ -247,54 +257,14 @@ def _manifest(config: ExtractConfig, yolo: Yolo, teacher: Teacher, device: str) 
     )
 
 
-def _prepare(
-    todo: Iterable[tuple[RowKey, Sample]], config: ExtractConfig, workers: int, tally: _Tally
-) -> Iterator[Prepared]:
-    """Decoded samples in order, `2 · workers` ahead at most; bad ones go to the tally."""
-    waiting: deque[tuple[RowKey, Future[Prepared]]] = deque()
-
-    def finished() -> Iterator[Prepared]:
-        key, future = waiting.popleft()
-        try:
-            yield future.result()
-        except (SampleError, OSError) as error:
-            tally.skip(key, error)
-
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
-    try:
-        for key, sample in todo:
-            waiting.append((key, pool.submit(_decode, key, sample, config)))
-            if len(waiting) > 2 * workers:
-                yield from finished()
-        while waiting:
-            yield from finished()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _decode(key: RowKey, sample: Sample, config: ExtractConfig) -> Prepared:
-    data = sample.image_path.read_bytes()
-    image = decode_image(data)
-    height, width = image.shape[:2]
-    mask = sample.mask(height, width)
-    where = place(height, width, config.size, config.resize)
-    details = {
-        "source_bytes": len(data),
-        "source_sha256": hashlib.sha256(data).hexdigest(),
-        "source_height_px": height,
-        "source_width_px": width,
-        "placed_px": [where.top_px, where.left_px, where.height_px, where.width_px],
-    }
-    return Prepared(key, resize_image(image, where), resize_mask(mask, where), details)
-
-
 def _run(
     rows: Iterable[Prepared],
     yolo: Yolo,
     teacher: Teacher,
     writer: CacheWriter,
     batch_size: int,
-    tally: _Tally,
+    tally: Tally,
+    bar: Progress,
     stop: StopRequest,
 ) -> None:
     """Both models over batches of one constant size; rows go to the writer's thread in order.
@@ -302,7 +272,7 @@ def _run(
     When a stop is asked for, the rows of the batch at hand are the last.
     """
     with ThreadPoolExecutor(1, thread_name_prefix="write") as pool:
-        writing: deque[tuple[RowKey, Future[None]]] = deque()
+        writing: deque[tuple[Prepared, Future[None]]] = deque()
         for batch in _batched(rows, batch_size):
             if stop.asked:
                 break
@@ -313,11 +283,13 @@ def _run(
             features, logits = yolo.features(images), teacher.logits(images)
             for row, feature_CHW, logits_HW in zip(batch, features, logits, strict=False):
                 write = pool.submit(_write, writer, row, feature_CHW, logits_HW)
-                writing.append((row.key, write))
+                writing.append((row, write))
             while len(writing) > 2 * batch_size:
                 _finish(*writing.popleft(), tally)
+            bar.reach(tally.handled)
         while writing:
             _finish(*writing.popleft(), tally)
+        bar.reach(tally.handled)
 
 
 def _batched(rows: Iterable[Prepared], size: int) -> Iterator[list[Prepared]]:
@@ -346,13 +318,14 @@ def _write(
     writer.append(row.key, arrays)
 
 
-def _finish(key: RowKey, write: Future[None], tally: _Tally) -> None:
+def _finish(row: Prepared, write: Future[None], tally: Tally) -> None:
     try:
         write.result()
+        tally.written(row)
     except SampleError as error:
-        tally.skip(key, error)
+        tally.skip(row.key.sample_id, str(error))
     except OSError as error:
         raise CacheError(
-            f"cannot write row {key.sample_id}: {error}; rows committed so far are safe: free some "
-            "space or mend the disk, then run the same command again"
+            f"cannot write row {row.key.sample_id}: {error}; rows committed so far are safe: free "
+            "some space or mend the disk, then run the same command again"
         ) from error

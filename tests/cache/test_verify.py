@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 from conftest import MANIFEST, TAP, make_row
 
+from kdcache.cache.format import Remarks
 from kdcache.cache.reader import Cache
 from kdcache.cache.verify import verify
 from kdcache.cache.writer import CacheWriter
@@ -30,7 +31,7 @@ def pristine(tmp_path_factory):
         with CacheWriter(folder / name, MANIFEST) as writer:
             for number in range(first, first + ROWS):
                 writer.append(*make_row(number))
-            writer.record_skipped({"broken.jpg": "cannot be decoded"})
+            writer.remark(Remarks(skipped={"broken.jpg": "cannot be decoded"}))
     return folder
 
 

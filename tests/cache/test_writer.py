@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import MANIFEST, make_row
 
-from kdcache.cache.format import read_skipped
+from kdcache.cache.format import Remarks, read_remarks
 from kdcache.cache.reader import Cache
 from kdcache.cache.verify import verify
 from kdcache.cache.writer import CacheWriter
@@ -170,10 +170,10 @@ def test_lost_list_of_skipped_images_is_written_again(tmp_path, damage):
     write(tmp_path / "c", range(2))
     damage(tmp_path / "c/skipped/zarr.json")
     with pytest.raises(CacheError, match="skipped"):
-        read_skipped(tmp_path / "c")
+        read_remarks(tmp_path / "c")
     with CacheWriter(tmp_path / "c", MANIFEST) as writer:
-        writer.record_skipped({})
-    assert read_skipped(tmp_path / "c") == {}
+        writer.remark(Remarks())
+    assert read_remarks(tmp_path / "c") == Remarks()
 
 
 @pytest.mark.parametrize("lose", ["folder", "records"])

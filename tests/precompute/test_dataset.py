@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -11,7 +12,13 @@ from pycocotools import mask as coco_mask
 
 from kdcache.errors import DatasetError, SampleError
 from kdcache.imaging import IGNORE
-from kdcache.precompute.dataset import coco_dataset, folder_dataset, rasterise, split_of
+from kdcache.precompute.coco import rasterise
+from kdcache.precompute.dataset import (
+    coco_dataset,
+    folder_dataset,
+    split_of,
+    unlabelled_dataset,
+)
 
 
 def save(path, value=0, size=(6, 4)):
@@ -29,21 +36,89 @@ def test_images_pair_with_masks_of_exactly_their_stem_and_folder(tmp_path):
     assert pairs == {f"{n}.jpg": f"{n}.png" for n in ("1", "10", "11", "sub/1")}
 
 
-def test_unpaired_files_of_both_kinds_are_named(tmp_path):
+def test_unpaired_images_are_refused_by_name_and_unpaired_masks_counted(tmp_path):
     save(tmp_path / "images/a.jpg")
     save(tmp_path / "images/b.jpg")
     save(tmp_path / "masks/b.png")
     save(tmp_path / "masks/c.png")
-    with pytest.raises(DatasetError, match=r"1 images \(a\).*1 images \(c\)"):
-        folder_dataset(tmp_path / "images", tmp_path / "masks")
+    dataset = folder_dataset(tmp_path / "images", tmp_path / "masks")
+    assert [sample.sample_id for sample in dataset.samples] == ["b.jpg"]
+    assert dataset.refused.keys() == {"a.jpg"}
+    assert "no mask of the same name" in dataset.refused["a.jpg"]
+    assert [n for why, n in dataset.left_out.items() if "masks without an image" in why] == [1]
 
 
-def test_two_files_of_one_stem_are_refused(tmp_path):
+def test_folders_that_do_not_pair_at_all_are_an_error(tmp_path):
     save(tmp_path / "images/a.jpg")
-    save(tmp_path / "images/a.png")
-    save(tmp_path / "masks/a.png")
-    with pytest.raises(DatasetError, match="differ only in their suffix"):
+    save(tmp_path / "masks/a_mask.png")
+    with pytest.raises(DatasetError, match=r"1 stems \(a\) and 1 stems \(a_mask\)"):
         folder_dataset(tmp_path / "images", tmp_path / "masks")
+
+
+@pytest.mark.parametrize("names", [("images/a.png",), ("masks/a.bmp",)])
+def test_files_of_one_stem_are_refused_by_name(tmp_path, names):
+    for name in ("images/a.jpg", "masks/a.png", "images/b.jpg", "masks/b.png", *names):
+        save(tmp_path / name)
+    dataset = folder_dataset(tmp_path / "images", tmp_path / "masks")
+    assert [sample.sample_id for sample in dataset.samples] == ["b.jpg"]
+    assert all("share one stem" in why for why in dataset.refused.values())
+    assert "a.jpg" in dataset.refused
+    # without masks there is nothing to mix up
+    assert {s.sample_id for s in unlabelled_dataset(tmp_path / "images").samples} >= {"a.jpg"}
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path):
+    save(tmp_path / "elsewhere/deep/a.jpg")
+    images = tmp_path / "images"
+    save(images / "b.jpg")
+    (images / "linked").symlink_to(tmp_path / "elsewhere")
+    (images / "again").symlink_to(images)
+    (tmp_path / "elsewhere/up").symlink_to(tmp_path / "elsewhere/deep/..")
+    (images / "lost.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    (images / "self.jpg").symlink_to(images / "self.jpg")
+    dataset = unlabelled_dataset(images)
+    assert [s.sample_id for s in dataset.samples] == ["b.jpg", "linked/deep/a.jpg"]
+    assert "in itself" in dataset.refused["again"]
+    assert "in itself" in dataset.refused["linked/up"]
+    assert "leads nowhere" in dataset.refused["lost.jpg"]
+    assert "leads nowhere" in dataset.refused["self.jpg"]
+
+
+def test_pipes_are_refused_instead_of_waited_for(tmp_path):
+    save(tmp_path / "images/b.jpg")
+    os.mkfifo(tmp_path / "images/pipe.jpg")
+    assert "regular" in unlabelled_dataset(tmp_path / "images").refused["pipe.jpg"]
+    images, file = coco(tmp_path, [person(0, SQUARE), person(1, SQUARE)])
+    (images / "1.jpg").unlink()
+    os.mkfifo(images / "1.jpg")
+    with pytest.raises(SampleError, match="not a regular file"):
+        coco_dataset(images, file).samples[1].read()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_what_may_not_be_read_is_named(tmp_path):
+    save(tmp_path / "images/b.jpg")
+    save(tmp_path / "images/locked/a.jpg")
+    save(tmp_path / "images/secret.jpg")
+    for name in ("locked", "secret.jpg"):
+        (tmp_path / "images" / name).chmod(0)
+    dataset = unlabelled_dataset(tmp_path / "images")
+    assert "Permission denied" in dataset.refused["locked"]
+    (secret,) = (s for s in dataset.samples if s.sample_id == "secret.jpg")
+    with pytest.raises(SampleError, match="Permission denied"):
+        secret.read()
+    (tmp_path / "images/locked").chmod(0o700)
+
+
+def test_other_files_are_counted_by_suffix(tmp_path):
+    save(tmp_path / "images/b.jpg")
+    for name in ("a.gif", "c.GIF", "README", ".DS_Store"):
+        (tmp_path / "images" / name).write_bytes(b"x")
+    left_out = unlabelled_dataset(tmp_path / "images").left_out
+    assert {why.split(",")[0]: n for why, n in left_out.items()} == {
+        "files of suffix .gif": 2,
+        "files of suffix (none)": 2,
+    }
 
 
 def test_empty_and_missing_folders_are_refused(tmp_path):
@@ -60,7 +135,7 @@ def test_mask_of_another_size_is_refused(tmp_path, size, hint):
     save(tmp_path / "masks/a.png", size=size)
     (sample,) = folder_dataset(tmp_path / "images", tmp_path / "masks").samples
     with pytest.raises(SampleError, match=hint):
-        sample.mask(4, 6)
+        sample.mask(sample.read().label, 4, 6)
 
 
 SQUARE = [[1.0, 1.0, 5.0, 1.0, 5.0, 4.0, 1.0, 4.0]]
@@ -88,15 +163,36 @@ def test_coco_takes_images_with_a_person_and_counts_the_rest(tmp_path):
     paths = coco(tmp_path, [person(0, SQUARE), person(1, SQUARE, category_id=2)])
     dataset = coco_dataset(*paths)
     assert [s.sample_id for s in dataset.samples] == ["0.jpg"]
-    assert dataset.left_out == {"no person in it": 1}
+    assert dataset.left_out["no person in it"] == 1
     assert len(coco_dataset(*paths, all_images=True).samples) == 2
 
 
 def test_other_categories_do_not_become_people(tmp_path):
     paths = coco(tmp_path, [person(0, SQUARE), person(0, [[6, 5, 9, 5, 9, 7]], category_id=2)])
-    mask = coco_dataset(*paths).samples[0].mask(8, 10)
+    mask = coco_dataset(*paths).samples[0].mask(b"", 8, 10)
     assert mask[2, 2] == 1
     assert not mask[5:, 6:].any()
+
+
+def test_another_category_is_taken_on_request(tmp_path):
+    paths = coco(tmp_path, [person(0, SQUARE), person(1, SQUARE, category_id="2")])
+    assert [s.sample_id for s in coco_dataset(*paths, category="dog").samples] == ["1.jpg"]
+    with pytest.raises(DatasetError, match="no category 'cat'; it has dog, person"):
+        coco_dataset(*paths, category="cat")
+
+
+def test_images_listed_twice_are_refused_and_strange_annotations_counted(tmp_path):
+    annotations = [person(n, SQUARE) for n in range(4)] + [person(99, SQUARE)] * 3
+    images, file = coco(tmp_path, annotations, images=4)
+    document = json.loads(file.read_text())
+    document["images"][1]["id"] = 0  # 0.jpg and 1.jpg have one id
+    document["images"].append(document["images"][2] | {"id": 7})  # 2.jpg has two ids
+    document["annotations"].append(person(7, SQUARE))
+    file.write_text(json.dumps(document))
+    dataset = coco_dataset(images, file)
+    assert [sample.sample_id for sample in dataset.samples] == ["3.jpg"]
+    assert dataset.refused.keys() == {"0.jpg", "1.jpg", "2.jpg"}
+    assert [n for why, n in dataset.left_out.items() if "does not list" in why] == [3 + 1]
 
 
 def test_image_with_only_a_crowd_is_left_out(tmp_path):
@@ -225,9 +321,9 @@ def test_file_name_that_is_not_utf8_is_refused(tmp_path, name):
     file.write_text(json.dumps(document))
     with pytest.raises(DatasetError, match="not valid UTF-8"):
         coco_dataset(images, file)
-    (tmp_path / "images/0.jpg").rename(tmp_path / "images" / name)
-    with pytest.raises(DatasetError, match="not valid UTF-8"):
-        folder_dataset(tmp_path / "images", tmp_path / "images")
+    (tmp_path / "images/0.jpg").rename(tmp_path / "images" / os.fsdecode(b"\xff.jpg"))
+    dataset = unlabelled_dataset(tmp_path / "images")
+    assert list(dataset.refused) == ["\\xff.jpg"]
 
 
 def test_mask_of_a_size_that_coco_misstates_is_refused_before_it_is_drawn(tmp_path):
@@ -236,4 +332,4 @@ def test_mask_of_a_size_that_coco_misstates_is_refused_before_it_is_drawn(tmp_pa
     document["images"][0] |= {"height": 99_999, "width": 99_999}  # 10 GB as a mask
     file.write_text(json.dumps(document))
     with pytest.raises(SampleError, match="mask is 99999×99999, the image 8×10"):
-        coco_dataset(images, file).samples[0].mask(8, 10)
+        coco_dataset(images, file).samples[0].mask(b"", 8, 10)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import SIZE, rows_equal
 
-from kdcache.cache.format import read_skipped
+from kdcache.cache.format import read_remarks
 from kdcache.cache.reader import Cache
 from kdcache.errors import (
     CacheError,
@@ -157,7 +157,7 @@ def test_bad_files_are_skipped_with_their_reason_and_the_same_after_a_resume(
         assert report.rows_total == 8
         assert "cannot be decoded" in report.skipped["scene_003.jpg"]
         assert "40×50" in report.skipped["scene_005.jpg"]
-        assert read_skipped(tmp_path / "c") == report.skipped
+        assert read_remarks(tmp_path / "c").skipped == report.skipped
 
 
 def test_strict_stops_at_the_first_bad_file(standins, spoilt, tmp_path):

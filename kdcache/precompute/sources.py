@@ -1,0 +1,178 @@
+"""Samples on their way from disk: each file read once, decoded ahead, told apart by its digests."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+from kdcache.cache.format import RowKey
+from kdcache.config import ResizeMode
+from kdcache.errors import DatasetError, SampleError
+from kdcache.imaging import U8, decode_image, place, resize_image, resize_mask
+from kdcache.precompute.dataset import Sample
+from kdcache.progress import Progress
+from kdcache.stop import StopRequest
+
+log = logging.getLogger(__name__)
+
+_WARNINGS = 20  # of a dirty dataset's thousands; all are in the report and in the cache
+
+
+class Prepared(NamedTuple):
+    """A decoded sample at the models' input size."""
+
+    key: RowKey
+    image: U8  # (H, W, 3)
+    mask: U8  # (H, W)
+    details: dict[str, Any]
+
+
+class Tally:
+    """What became of each sample so far: a row, or skipped for a reason."""
+
+    def __init__(self, strict: bool) -> None:
+        self.skipped: dict[str, str] = {}  # sample id or file name to reason
+        self.pixels: dict[RowKey, str] = {}  # `pixels_sha256` of the rows there are
+        self.handled = 0
+        self._strict = strict
+
+    def written(self, row: Prepared) -> None:
+        """The sample is a row now."""
+        self.pixels[row.key] = row.details["pixels_sha256"]
+        self.handled += 1
+
+    def skip(self, sample_id: str, reason: str) -> None:
+        """The sample cannot be a row; raises DatasetError when `strict`."""
+        self.refuse(sample_id, reason)
+        self.handled += 1
+
+    def refuse(self, name: str, reason: str) -> None:
+        """A file that is no sample; raises DatasetError when `strict`."""
+        if self._strict:
+            raise DatasetError(f"{name}: {reason} (--strict stops here)")
+        self.skipped[name] = reason
+        if len(self.skipped) <= _WARNINGS:
+            log.warning("skipped %s: %s", name, reason)
+        if len(self.skipped) == _WARNINGS:
+            log.warning("further ones are listed at the end")
+
+
+def prepare(
+    todo: Iterable[tuple[RowKey, Sample]],
+    size_px: int,
+    resize: ResizeMode,
+    workers: int,
+    tally: Tally,
+) -> Iterator[Prepared]:
+    """Decoded samples in order, `2 · workers` ahead at most; bad ones go to the tally."""
+    waiting: deque[tuple[RowKey, Future[Prepared]]] = deque()
+
+    def finished() -> Iterator[Prepared]:
+        key, future = waiting.popleft()
+        try:
+            yield future.result()
+        except SampleError as error:
+            tally.skip(key.sample_id, str(error))
+
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+    try:
+        for key, sample in todo:
+            waiting.append((key, pool.submit(_decoded, key, sample, size_px, resize)))
+            if len(waiting) > 2 * workers:
+                yield from finished()
+        while waiting:
+            yield from finished()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _decoded(key: RowKey, sample: Sample, size_px: int, resize: ResizeMode) -> Prepared:
+    source = sample.read()
+    image = decode_image(source.image)
+    height, width = image.shape[:2]
+    mask = sample.mask(source.label, height, width)
+    where = place(height, width, size_px, resize)
+    details = {
+        "source_bytes": len(source.image),
+        "source_sha256": _sha256(source.image),
+        "label_sha256": _sha256(source.label),
+        "pixels_sha256": _sha256(json.dumps(image.shape).encode() + image.tobytes()),
+        "source_height_px": height,
+        "source_width_px": width,
+        "placed_px": [where.top_px, where.left_px, where.height_px, where.width_px],
+    }
+    return Prepared(key, resize_image(image, where), resize_mask(mask, where), details)
+
+
+class Digests(NamedTuple):
+    """What tells a committed row's source files from others."""
+
+    image_bytes: int
+    image_sha256: str
+    label_sha256: str
+    pixels_sha256: str  # of the decoded image, so another encoding of it is the same
+
+    @classmethod
+    def of(cls, details: Mapping[str, Any]) -> Digests:
+        """From the details of a row."""
+        names = ("source_bytes", "source_sha256", "label_sha256", "pixels_sha256")
+        return cls(*(details[name] for name in names))
+
+
+def changed(
+    committed: Sequence[tuple[Sample, Digests]], workers: int, progress: bool, stop: StopRequest
+) -> dict[str, str]:
+    """Which of these samples are not what was committed: sample id to what its files are now.
+
+    Reads all of their files, and ends early when a stop is asked for.
+    """
+    found: dict[str, str] = {}
+    title = "compare with the source files"
+    with (
+        ThreadPoolExecutor(workers, thread_name_prefix="compare") as pool,
+        Progress(title, len(committed), "image", shown=progress) as bar,
+    ):
+        changes = pool.map(lambda pair: _change(*pair), committed)
+        for number, ((sample, _), what) in enumerate(zip(committed, changes, strict=True), 1):
+            if what:
+                log.warning("%s: %s", sample.sample_id, what)
+                found[sample.sample_id] = what
+            bar.reach(number)
+            if stop.asked:
+                pool.shutdown(cancel_futures=True)
+                break
+    return found
+
+
+def _change(sample: Sample, known: Digests) -> str:
+    try:
+        source = sample.read()
+    except SampleError as error:
+        return str(error)
+    if len(source.image) != known.image_bytes:
+        return f"the image had {known.image_bytes} bytes, it has {len(source.image)} now"
+    if _sha256(source.image) != known.image_sha256:
+        return "the image has other bytes of the same number"
+    if _sha256(source.label) != known.label_sha256:
+        return "the image is the same, its mask or annotations are others"
+    return ""
+
+
+def twins(rows: Iterable[tuple[RowKey, str]]) -> list[tuple[str, str]]:
+    """(train id, val id) of images with the same pixels, from keys and `pixels_sha256`.
+
+    A photo on both sides makes the validation score look better than it is.
+    """
+    first: dict[str, dict[str, str]] = {}
+    for key, digest in rows:
+        first.setdefault(digest, {}).setdefault(key.split, key.sample_id)
+    return [(ids["train"], ids["val"]) for ids in first.values() if {"train", "val"} <= ids.keys()]
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
