@@ -3,8 +3,10 @@
 Shapes: images are (H, W, 3) uint8 RGB, masks (H, W) uint8 with the values below.
 
 Colour rules for files that are not 8-bit RGB: grey is repeated into three channels; palettes are
-looked up; an alpha channel is dropped, as OpenCV's colour reading does; CMYK is converted by
-Pillow; 16-bit samples are divided by 257, so 65535 becomes 255 instead of clipping at 255.
+looked up; an alpha channel is dropped, as OpenCV's colour reading does; CMYK, YCbCr and Lab are
+converted by Pillow, without colour profiles; 16-bit samples are divided by 257, so 65535 becomes 255
+instead of clipping at 255. Of several frames or pages the first is taken. Pictures of more than
+179 million pixels are refused, as Pillow does: a few bytes can claim any size.
 """
 
 from __future__ import annotations
@@ -177,6 +179,8 @@ def _mask_values(picture: Image.Image) -> NDArray[np.generic]:
 def _to_rgb(picture: Image.Image) -> U8:
     if picture.mode.startswith("I") or picture.mode == "F":
         return _wide_grey_to_rgb(np.asarray(picture), picture.mode)
+    if isinstance(picture.info.get("transparency"), bytes):
+        picture = picture.convert("RGBA")  # Pillow warns where a palette's alpha is dropped at once
     return np.asarray(picture.convert("RGB"))
 
 

@@ -38,6 +38,8 @@ def is_crowd(annotation: Mapping[str, Any]) -> bool:
 
 def _covered(segmentation: Any, height: int, width: int) -> NDArray[np.bool_]:
     try:
+        if segmentation is None:
+            raise ValueError("there is none")
         if isinstance(segmentation, list):
             _check_polygons(segmentation, height, width)
             encoded = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))

@@ -119,7 +119,7 @@ def folder_dataset(images: Path, masks: Path) -> Dataset:
         )
     left_out = Counter(found.left_out)
     left_out[f"masks without an image in {images}"] = without_image
-    return Dataset(samples=samples, refused=refused, left_out=left_out)
+    return Dataset(samples=samples, refused=refused, left_out=dict(left_out))
 
 
 def unlabelled_dataset(images: Path) -> Dataset:
@@ -128,7 +128,7 @@ def unlabelled_dataset(images: Path) -> Dataset:
     samples = [
         Sample(sample_id=name, image_path=images / name, labelled=False) for name in found.files
     ]
-    return Dataset(samples=samples, refused=found.refused, left_out=found.left_out)
+    return Dataset(samples=samples, refused=found.refused, left_out=dict(found.left_out))
 
 
 def coco_dataset(
@@ -182,7 +182,7 @@ def coco_dataset(
             f"none of the {len(samples)} images that {annotations} lists is in {images} "
             f"(first: {samples[0].sample_id}); point --images at the folder of its files"
         )
-    return Dataset(samples=samples, refused=refused, left_out=left_out)
+    return Dataset(samples=samples, refused=refused, left_out=dict(left_out))
 
 
 def split_of(sample_id: str, val_fraction: float, seed: int) -> str:
