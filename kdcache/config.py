@@ -76,6 +76,9 @@ class ExtractConfig(_Settings):
     teacher_encoder: str = Field(
         "timm-efficientnet-b3", description="smp encoder of a teacher checkpoint"
     )
+    teacher_output: str = Field(
+        "", description="the tensor of an ONNX teacher that holds its logits, if not its output"
+    )
     size: int = Field(640, gt=0, le=8192, description="side of the square model input, px")
     resize: ResizeMode = Field("stretch", description="how an image of another shape is fitted")
     category: str = Field("person", description="the COCO category that is segmented")

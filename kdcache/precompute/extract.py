@@ -217,6 +217,7 @@ def _load_models(config: ExtractConfig, device: str) -> tuple[Yolo, Teacher]:
     teacher = Teacher(
         config.teacher_checkpoint,
         encoder=config.teacher_encoder,
+        output=config.teacher_output,
         device=device,
         size_px=config.size,
     )

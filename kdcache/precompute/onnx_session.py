@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 # torch first: its wheel carries the CUDA libraries that onnxruntime-gpu's providers need.
 import torch
 from numpy.typing import NDArray
-from onnx import ModelProto, load
+from onnx import load_model_from_string
 
 import onnxruntime  # isort: skip
 
@@ -40,19 +39,6 @@ def resolve_device(device: Device) -> str:
     if device != "auto":
         return device
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def read_model(path: Path) -> ModelProto:
-    """Load an ONNX file with its external data; raises ModelError when it is not one."""
-    if not path.is_file():
-        raise ModelError(f"{path}: no such model file")
-    try:
-        model = load(path)
-    except Exception as error:  # protobuf's DecodeError has no public home
-        raise ModelError(f"{path}: not an ONNX model: {error}") from error
-    if not model.graph.node:
-        raise ModelError(f"{path}: not an ONNX model, or one without nodes")
-    return model
 
 
 class OnnxNetwork:
@@ -169,7 +155,7 @@ def _open_session(model: bytes, path: Path, device: str) -> Any:
     try:
         session = onnxruntime.InferenceSession(model, options, providers=[provider])
     except Exception as error:  # ONNX Runtime's exceptions share no base
-        raise ModelError(f"{path}: ONNX Runtime cannot load it: {error}") from error
+        raise ModelError(f"{_told(model, path)} cannot load it: {error}") from error
     active = session.get_providers()[0]
     if active != wanted:
         raise ProviderError(
@@ -180,7 +166,11 @@ def _open_session(model: bytes, path: Path, device: str) -> Any:
     return session
 
 
-def sha256_file(path: Path) -> str:
-    """SHA-256 of a file, as hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _told(model: bytes, path: Path) -> str:
+    """The versions that a runtime may be too old for, and the start of a sentence about it."""
+    proto = load_model_from_string(model)
+    opsets = ", ".join(f"{o.domain or 'ai.onnx'} {o.version}" for o in proto.opset_import)
+    return (
+        f"{path} has IR version {proto.ir_version} and operators of {opsets}; ONNX Runtime "
+        f"{onnxruntime.__version__} (a newer one may, or export the model with an older opset)"
+    )

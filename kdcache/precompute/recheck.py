@@ -18,9 +18,10 @@ from kdcache.cache.layout import LOGITS, TapSpec
 from kdcache.cache.reader import Cache
 from kdcache.cache.verify import Agreement, Problem, VerifyReport, verify
 from kdcache.config import YoloInput
-from kdcache.errors import CacheError, FingerprintError, ModelError
-from kdcache.precompute.onnx_session import Device, resolve_device, sha256_file
-from kdcache.precompute.teacher import Teacher, encoder_of
+from kdcache.errors import CacheError, FingerprintError
+from kdcache.precompute.onnx_graph import model_sha256
+from kdcache.precompute.onnx_session import Device, resolve_device
+from kdcache.precompute.teacher import Teacher, network_settings
 from kdcache.precompute.yolo import Yolo
 
 log = logging.getLogger(__name__)
@@ -68,9 +69,7 @@ def _refuse_other_models(fingerprint: Mapping[str, str], files: Mapping[str, Pat
     for field, path in files.items():
         if path is None:
             continue
-        if not path.is_file():
-            raise ModelError(f"{path}: no such model file")
-        now = sha256_file(path)
+        now = model_sha256(path)
         if now != fingerprint.get(field):
             raise FingerprintError(
                 f"{path} is not the model that the cache was extracted with: its {field} is {now}, "
@@ -105,8 +104,8 @@ def recheck(
         detector = Yolo(yolo, tap=tap.name, expects=expects, device=place_on, size_px=size_px)
         compare[tap.folder] = lambda index: _compare_features(cache, detector, tap, index)
     if teacher is not None:
-        encoder = encoder_of(fingerprint["teacher_network"])
-        network = Teacher(teacher, encoder=encoder, device=place_on, size_px=size_px)
+        made_as = network_settings(fingerprint["teacher_network"])
+        network = Teacher(teacher, **made_as, device=place_on, size_px=size_px)
         compare[LOGITS] = lambda index: _compare_logits(cache, network, index)
     chosen = np.random.default_rng(seed).permutation(len(cache))[:rows].tolist()
     jobs = [(part, index) for part in compare for index in chosen]

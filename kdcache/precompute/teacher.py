@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import pickle
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,13 +19,21 @@ from safetensors.torch import load_file
 
 from kdcache.errors import ModelError, device_memory
 from kdcache.imaging import U8, imagenet_normalised
-from kdcache.precompute.onnx_session import OnnxNetwork, read_model, sha256_file
+from kdcache.precompute.onnx_graph import last_activation, model_sha256, pruned, read_model
+from kdcache.precompute.onnx_session import OnnxNetwork
 
 log = logging.getLogger(__name__)
 F32 = NDArray[np.float32]
 Tensors = dict[str, torch.Tensor]
 
 _SMP_UNET = "smp.Unet({})"
+_ONNX, _ONNX_AT = "onnx", "onnx at "
+# Operators that make probabilities of logits.
+_ACTIVATIONS = {"Sigmoid", "HardSigmoid", "Softmax"}
+
+
+# In the state dict of every smp.Unet.
+_HEAD, _ENCODER = "segmentation_head.0.weight", "encoder."
 
 
 class Teacher:
@@ -33,16 +42,18 @@ class Teacher:
     Raises ModelError when the file is no teacher, or its output is not one logit a pixel.
     """
 
-    def __init__(self, path: Path, *, encoder: str, device: str, size_px: int) -> None:
-        if not path.is_file():
-            raise ModelError(f"{path}: no such teacher file")
-        self.sha256 = sha256_file(path)
+    def __init__(
+        self, path: Path, *, encoder: str, device: str, size_px: int, output: str = ""
+    ) -> None:
+        self.sha256 = model_sha256(path)
         self._network: Callable[[F32], F32]
-        self.network = "onnx" if path.suffix == ".onnx" else _SMP_UNET.format(encoder)
         if path.suffix == ".onnx":
-            model = read_model(path).SerializeToString()
-            self._network = OnnxNetwork(model, path, device, size_px)
+            self.network = _ONNX_AT + output if output else _ONNX
+            self._network = OnnxNetwork(_logits_graph(path, output), path, device, size_px)
+        elif output:
+            raise ModelError(f"{path}: teacher_output = {output!r} is for ONNX teachers")
         else:
+            self.network = _SMP_UNET.format(encoder)
             self._network = _TorchNetwork(load_checkpoint(path, encoder), device)
         trial = self._network(imagenet_normalised(np.zeros((1, size_px, size_px, 3), np.uint8)))
         if trial.shape != (1, 1, size_px, size_px):
@@ -56,10 +67,27 @@ class Teacher:
         return self._network(imagenet_normalised(images_NHWC))[:, 0]
 
 
-def encoder_of(network: str) -> str:
-    """The smp encoder that a `Teacher.network` names; empty for an ONNX graph."""
+def network_settings(network: str) -> dict[str, str]:
+    """The `encoder` and `output` of the Teacher whose `network` this is."""
+    if network.startswith(_ONNX):
+        return {"encoder": "", "output": network.removeprefix(_ONNX_AT).removeprefix(_ONNX)}
     prefix, suffix = _SMP_UNET.split("{}")
-    return network.removeprefix(prefix).removesuffix(suffix) if network != "onnx" else ""
+    return {"encoder": network.removeprefix(prefix).removesuffix(suffix), "output": ""}
+
+
+def _logits_graph(path: Path, output: str) -> bytes:
+    """The ONNX graph up to its logits; raises ModelError when its output is a probability."""
+    model = read_model(path)
+    if output:
+        model = pruned(model, [output], path, "--set teacher_output=NAME")
+    operator, before = last_activation(model)
+    if operator in _ACTIVATIONS:
+        raise ModelError(
+            f"{path}: its output {model.graph.output[0].name} is a probability (the graph ends in "
+            f"{operator}); distillation needs the logits before it: --set teacher_output={before}"
+        )
+    graph: bytes = model.SerializeToString()
+    return graph
 
 
 class _TorchNetwork:
@@ -79,15 +107,13 @@ def load_checkpoint(path: Path, encoder: str) -> torch.nn.Module:
 
     Raises ModelError naming the first tensors that are missing, left over or of another shape.
     """
-    with warnings.catch_warnings():
-        # smp's note that its `timm-` names will go; pyproject.toml bounds smp for that reason
-        warnings.filterwarnings("ignore", message="`timm-` encoders are deprecated")
+    with _timm_names():
         try:
             network: torch.nn.Module = smp.Unet(encoder, encoder_weights=None, classes=1)
         except (KeyError, RuntimeError) as error:
             raise ModelError(f"teacher_encoder = {encoder!r}: smp has no such encoder") from error
     expected = network.state_dict()
-    found = strip_prefix(read_tensors(path), expected)
+    found = strip_prefix(read_tensors(path))
     problems = [f"{key} is missing" for key in expected if key not in found]
     problems += [f"{key} is left over" for key in found if key not in expected]
     problems += [
@@ -99,21 +125,48 @@ def load_checkpoint(path: Path, encoder: str) -> torch.nn.Module:
         raise ModelError(
             f"{path} does not fit smp.Unet({encoder!r}, classes=1): {'; '.join(problems[:4])}"
             + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
-            + "; name its encoder with --set teacher_encoder=…"
+            + f"; {_advice(found)}"
         )
     network.load_state_dict(found)
     return network
 
 
-def strip_prefix(tensors: Tensors, expected: Mapping[str, Any]) -> Tensors:
+def _advice(found: Tensors) -> str:
+    """What to do about a checkpoint that does not fit, by what its shapes say it is."""
+    classes = found[_HEAD].shape[0] if _HEAD in found and found[_HEAD].ndim else 1
+    if classes != 1:
+        return f"it segments {classes} classes: export it to ONNX with the person's logit as its output"
+    shapes = _encoder_shapes(found)
+    for name in smp.encoders.encoders if shapes else ():
+        try:
+            with torch.device("meta"), _timm_names():
+                candidate = smp.encoders.get_encoder(name, weights=None)
+        except RuntimeError:  # some look at their weights while they are made
+            continue
+        own = {f"{_ENCODER}{key}": value for key, value in candidate.state_dict().items()}
+        if _encoder_shapes(own) == shapes:
+            return f"its shapes are those of another encoder: --set teacher_encoder={name}"
+    return "name its encoder with --set teacher_encoder=…"
+
+
+@contextmanager
+def _timm_names() -> Iterator[None]:
+    """Without smp's note that its `timm-` names will go: pyproject.toml bounds smp for that reason."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`timm-` encoders are deprecated")
+        yield
+
+
+def _encoder_shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Size]:
+    return {key: value.shape for key, value in tensors.items() if key.startswith(_ENCODER)}
+
+
+def strip_prefix(tensors: Tensors) -> Tensors:
     """Remove the prefix (`model.`, `module.model.`, …) that wrappers put before every key.
 
     Only at the front: names such as `encoder.model.conv_stem.weight` keep their inner `model.`.
     """
-    if set(tensors) == set(expected):
-        return tensors
-    probe = next(iter(expected))
-    prefix = next((key.removesuffix(probe) for key in tensors if key.endswith("." + probe)), "")
+    prefix = next((key.removesuffix(_HEAD) for key in tensors if key.endswith("." + _HEAD)), "")
     return {key.removeprefix(prefix): value for key, value in tensors.items()}
 
 

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import AttributeProto, ModelProto, NodeProto, ValueInfoProto
+from onnx import ModelProto
 from torch import Tensor
 
 from kdcache.cache import codecs
 from kdcache.cache.layout import Group, TapSpec, whole
 from kdcache.config import YoloInput
-from kdcache.errors import ModelError, SampleError, nearest
+from kdcache.errors import ModelError, SampleError
 from kdcache.imaging import U8
-from kdcache.precompute.onnx_session import OnnxNetwork, read_model, sha256_file
+from kdcache.precompute.onnx_graph import model_sha256, pruned, read_model
+from kdcache.precompute.onnx_session import OnnxNetwork
 from kdcache.precompute.replication import channel_groups, channel_parts
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ class Yolo:
     def __init__(
         self, path: Path, *, tap: str, expects: YoloInput, device: str, size_px: int
     ) -> None:
-        self.sha256 = sha256_file(path) if path.is_file() else ""
+        self.sha256 = model_sha256(path)
         self._expects = expects
         self._on_host = device == "cpu"
         model = read_model(path)
@@ -97,44 +97,3 @@ def yolo_input(images_NHWC: U8, expects: YoloInput) -> F32:
     pixels = images_NHWC[..., ::-1] if expects.startswith("bgr") else images_NHWC
     planes = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)).astype(np.float32)
     return planes / np.float32(255) if expects.endswith("01") else planes
-
-
-def pruned(model: ModelProto, outputs: Sequence[str], path: Path) -> ModelProto:
-    """The model with these tensors as its only outputs and without the nodes that they do not need."""
-    graph = model.graph
-    producers = {name: node for node in graph.node for name in node.output if name}
-    for name in outputs:
-        if name not in producers:
-            raise ModelError(
-                f"{path}: no tensor {name!r} in the graph; nearest: {nearest(name, producers)}; "
-                "choose one with --tap"
-            )
-    needed, waiting = set(), list(outputs)
-    while waiting:
-        node = producers.get(waiting.pop())
-        if node is not None and id(node) not in needed:
-            needed.add(id(node))
-            waiting.extend(_names_used(node))
-    kept = [node for node in graph.node if id(node) in needed]
-    used = {name for node in kept for name in _names_used(node)}
-    cut = ModelProto()
-    cut.CopyFrom(model)
-    del cut.graph.node[:], cut.graph.output[:], cut.graph.initializer[:], cut.graph.input[:]
-    cut.graph.node.extend(kept)
-    cut.graph.initializer.extend(i for i in graph.initializer if i.name in used)
-    # Exports of IR version 3 list their weights as inputs too; those are no inputs to feed.
-    weights = {i.name for i in graph.initializer}
-    cut.graph.input.extend(i for i in graph.input if i.name in used - weights)
-    # ONNX Runtime infers the type of an output that is only named.
-    known = {info.name: info for info in [*graph.output, *graph.value_info]}
-    cut.graph.output.extend(known.get(name, ValueInfoProto(name=name)) for name in outputs)
-    return cut
-
-
-def _names_used(node: NodeProto) -> Iterator[str]:
-    """Tensors a node reads, also those its If and Loop bodies take from outside."""
-    yield from (name for name in node.input if name)
-    for attribute in node.attribute:
-        if attribute.type == AttributeProto.GRAPH:
-            for inner in attribute.g.node:
-                yield from _names_used(inner)

@@ -6,14 +6,16 @@ import sys
 import types
 
 import numpy as np
+import onnx
 import pytest
 import segmentation_models_pytorch as smp
 import torch
+from onnx import TensorProto, helper
 from safetensors.torch import save_file
 
 from kdcache.errors import ModelError
 from kdcache.imaging import imagenet_normalised
-from kdcache.precompute.teacher import Teacher, load_checkpoint, strip_prefix
+from kdcache.precompute.teacher import Teacher, load_checkpoint, network_settings, strip_prefix
 from kdcache.standins import TEACHER_BIAS, TEACHER_RGB_WEIGHT
 
 # B0 stands in where the encoder does not matter: it builds three times faster than B3.
@@ -110,9 +112,9 @@ def test_prefixes_are_stripped_at_the_front_only(tmp_path, small_unet, prefix):
 
 
 def test_inner_model_of_a_key_stays():
-    expected = {"encoder.model.stem.weight": 0, "head.weight": 0}
+    expected = {"encoder.model.stem.weight", "segmentation_head.0.weight"}
     tensors = {"model." + key: torch.zeros(1) for key in expected}
-    assert strip_prefix(tensors, expected).keys() == expected.keys()
+    assert strip_prefix(tensors).keys() == strip_prefix(strip_prefix(tensors)).keys() == expected
 
 
 def test_safetensors_load(tmp_path, small_unet):
@@ -121,9 +123,24 @@ def test_safetensors_load(tmp_path, small_unet):
 
 
 def test_checkpoint_of_another_encoder_is_named_by_its_shapes(tmp_path, small_unet):
-    torch.save(small_unet.state_dict(), tmp_path / "t.pth")
-    with pytest.raises(ModelError, match=r"does not fit smp.Unet\('timm-efficientnet-b3'"):
+    torch.save(prefixed(small_unet, "model."), tmp_path / "t.pth")
+    message = r"does not fit smp.Unet\('timm-efficientnet-b3'.*teacher_encoder=timm-efficientnet-b0"
+    with pytest.raises(ModelError, match=message):
         load_checkpoint(tmp_path / "t.pth", "timm-efficientnet-b3")
+
+
+def test_checkpoint_of_another_family_is_named_by_its_shapes(tmp_path):
+    torch.save(smp.Unet("resnet18", encoder_weights=None).state_dict(), tmp_path / "t.pth")
+    with pytest.raises(ModelError, match=r"--set teacher_encoder=resnet18"):
+        load_checkpoint(tmp_path / "t.pth", SMALL)
+
+
+def test_checkpoint_of_many_classes_says_so(tmp_path):
+    torch.save(
+        smp.Unet("resnet18", encoder_weights=None, classes=21).state_dict(), tmp_path / "t.pth"
+    )
+    with pytest.raises(ModelError, match="it segments 21 classes"):
+        load_checkpoint(tmp_path / "t.pth", "resnet18")
 
 
 def test_missing_and_left_over_tensors_are_named(tmp_path, small_unet):
@@ -145,7 +162,7 @@ def test_files_without_weights_are_refused(tmp_path):
     (tmp_path / "text.safetensors").write_text("hello")
     with pytest.raises(ModelError, match="not a safetensors file"):
         load_checkpoint(tmp_path / "text.safetensors", SMALL)
-    with pytest.raises(ModelError, match="no such teacher file"):
+    with pytest.raises(ModelError, match="no such model file"):
         Teacher(tmp_path / "absent.pth", encoder=SMALL, device="cpu", size_px=64)
 
 
@@ -177,3 +194,44 @@ def test_standin_teacher_is_its_known_function(standins):
 def test_teacher_that_gives_no_logit_a_pixel_is_refused(standins):
     with pytest.raises(ModelError, match=r"gives \(1, 4, 8, 8\).*expected one logit a pixel"):
         Teacher(standins.detector, encoder="", device="cpu", size_px=64)
+
+
+def with_end(standins, path, *nodes):
+    """The stand-in teacher with further nodes behind its logits; the last one's output is `end`."""
+    model = onnx.load(standins.teacher)
+    model.graph.node.extend(nodes)
+    del model.graph.output[:]
+    model.graph.output.append(
+        helper.make_tensor_value_info("end", TensorProto.FLOAT, ["N", 1, "H", "W"])
+    )
+    onnx.save(model, path)
+    return path
+
+
+@pytest.mark.parametrize("operator", ["Sigmoid", "HardSigmoid"])
+def test_onnx_teacher_of_probabilities_is_refused_with_the_fix_that_works(
+    standins, tmp_path, operator
+):
+    path = with_end(
+        standins,
+        tmp_path / "t.onnx",
+        helper.make_node("Identity", ["logits"], ["same"]),
+        helper.make_node(operator, ["same"], ["p"]),
+        helper.make_node("Identity", ["p"], ["end"]),
+    )
+    with pytest.raises(ModelError, match=rf"ends in {operator}.*--set teacher_output=same"):
+        Teacher(path, encoder="", device="cpu", size_px=64)
+    cut = Teacher(path, encoder="", device="cpu", size_px=64, output="same")
+    whole = Teacher(standins.teacher, encoder="", device="cpu", size_px=64)
+    images = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
+    assert np.array_equal(cut.logits(images), whole.logits(images))
+    assert network_settings(cut.network) == {"encoder": "", "output": "same"}
+    assert network_settings(whole.network) == {"encoder": "", "output": ""}
+
+
+def test_teacher_output_that_is_not_there_or_not_for_it_is_refused(standins, tmp_path, small_unet):
+    with pytest.raises(ModelError, match=r"no tensor 'logit'.*logits.*teacher_output"):
+        Teacher(standins.teacher, encoder="", device="cpu", size_px=64, output="logit")
+    torch.save(small_unet.state_dict(), tmp_path / "t.pth")
+    with pytest.raises(ModelError, match="for ONNX teachers"):
+        Teacher(tmp_path / "t.pth", encoder=SMALL, device="cpu", size_px=64, output="logits")

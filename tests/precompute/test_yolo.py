@@ -11,7 +11,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from kdcache.errors import ModelError, ProviderError
 from kdcache.precompute import onnx_session
-from kdcache.precompute.yolo import Yolo, pruned, yolo_input
+from kdcache.precompute.onnx_graph import model_sha256, pruned
+from kdcache.precompute.yolo import Yolo, yolo_input
 from kdcache.standins import TAP
 
 
@@ -195,3 +196,32 @@ def test_weights_listed_as_inputs_by_old_exports_are_not_asked_for(standins, tmp
     onnx.save(model, tmp_path / "old.onnx")
     old, new = open_yolo(tmp_path / "old.onnx"), open_yolo(standins.detector)
     assert np.array_equal(old.features(random_images(1)), new.features(random_images(1)))
+
+
+def test_weights_in_external_files_load_and_belong_to_the_digest(standins, tmp_path):
+    model = onnx.load(standins.detector)
+    path = tmp_path / "m.onnx"
+    onnx.save(model, path, save_as_external_data=True, location="m.data", size_threshold=0)
+    first = open_yolo(path)
+    assert np.array_equal(
+        first.features(random_images(1)), open_yolo(standins.detector).features(random_images(1))
+    )
+    data = bytearray((tmp_path / "m.data").read_bytes())
+    data[3] ^= 1
+    (tmp_path / "m.data").write_bytes(data)
+    assert model_sha256(path) != first.sha256
+    (tmp_path / "m.data").unlink()
+    with pytest.raises(ModelError, match="its weights are in m.data, which is not beside it"):
+        open_yolo(path)
+
+
+@pytest.mark.parametrize(("field", "value"), [("ir_version", 99), ("opset", 99)])
+def test_model_newer_than_the_runtime_is_named_with_its_versions(standins, tmp_path, field, value):
+    model = onnx.load(standins.detector)
+    if field == "opset":
+        model.opset_import[0].version = value
+    else:
+        model.ir_version = value
+    onnx.save(model, tmp_path / "new.onnx")
+    with pytest.raises(ModelError, match=r"(IR version|ai.onnx) 99.*newer one may"):
+        open_yolo(tmp_path / "new.onnx")
