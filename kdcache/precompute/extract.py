@@ -6,7 +6,6 @@ with the dataset.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import logging
 import time
@@ -14,29 +13,27 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
 from kdcache.cache import codecs
-from kdcache.cache.format import Remarks, RowKey, describe_row
-from kdcache.cache.layout import IMAGE, LOGITS, MASK, ROWS, Manifest, TapSpec
+from kdcache.cache.format import Remarks
 from kdcache.cache.reader import Cache
 from kdcache.cache.writer import CacheWriter
 from kdcache.config import ExtractConfig
 from kdcache.errors import (
     CacheError,
-    ConfigError,
     DatasetError,
     SampleError,
     device_memory,
 )
-from kdcache.imaging import INTERPOLATION
-from kdcache.precompute.coco import PERSON_CATEGORY
-from kdcache.precompute.dataset import Dataset, Sample, split_of
-from kdcache.precompute.onnx_session import Device, resolve_device
-from kdcache.precompute.sources import Digests, Prepared, Tally, changed, prepare, twins
+from kdcache.precompute.check import check, look
+from kdcache.precompute.dataset import Dataset
+from kdcache.precompute.job import Job, gone, open_job, row_arrays
+from kdcache.precompute.need import Need, stored_bytes
+from kdcache.precompute.onnx_session import Device
+from kdcache.precompute.sources import Prepared, Tally, changed, prepare, twins
 from kdcache.precompute.teacher import Teacher
 from kdcache.precompute.yolo import Yolo
 from kdcache.progress import Progress
@@ -46,7 +43,10 @@ from kdcache.tables import megabytes
 log = logging.getLogger(__name__)
 
 # On the CPU one image a call is as fast as many and needs the least memory; a GPU wants a batch.
-_DEFAULT_BATCH = {"cpu": 1, "cuda": 8, "tensorrt": 8}
+DEFAULT_BATCH = {"cpu": 1, "cuda": 8, "tensorrt": 8}
+
+# Photos that both models are looked at on before the first shard: a hundredth of the work, 2 to 8.
+_LOOKED_AT, _ONE_IN = 8, 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,40 +90,32 @@ def extract(
     what was committed before an error stays and is not computed again.
     """
     started = time.monotonic()
-    place_on = resolve_device(device)
     tally = Tally(strict)
-    for name, reason in dataset.refused.items():
-        tally.refuse(name, reason)
-    planned = _planned(dataset, config, split, limit)
-    if out.exists() and not (out / "zarr.json").is_file():
-        raise CacheError(f"--out {out} exists and is not a kdcache cache; choose another")
-    known = _known(out)
-    tally.pixels |= {key: digests.pixels_sha256 for key, digests in known.items()}
-    _refuse_second_split(planned, known, out)
-    yolo, teacher = _load_models(config, place_on)
-    manifest = _manifest(config, yolo, teacher, place_on)
-    todo = [(key, sample) for key, sample in planned if key not in known]
-    prepared = prepare(todo, config.size, config.resize, workers, tally)
-    first = next(prepared, None)
-    if first is None and not out.exists():
+    job = open_job(config, dataset, out, split=split, device=device, limit=limit, tally=tally)
+    prepared = prepare(job.todo, config.size, config.resize, workers, tally)
+    looked_at = min(_LOOKED_AT, max(2, len(job.todo) // _ONE_IN))
+    first = list(itertools.islice(prepared, 0 if job.known else looked_at))
+    if not first and not job.known:
         reasons = "; ".join(
             f"{name}: {why}" for name, why in itertools.islice(tally.skipped.items(), 3)
         )
-        raise DatasetError(f"none of the {len(todo)} images can be used ({reasons})")
-    with StopRequest().listening() as stop, CacheWriter(out, manifest) as writer:
-        committed = [(sample, known[key]) for key, sample in planned if key in known]
+        raise DatasetError(f"none of the {len(job.todo)} images can be used ({reasons})")
+    if first:
+        _look(first, job, out)
+    with StopRequest().listening() as stop, CacheWriter(out, job.manifest) as writer:
+        committed = [(sample, job.known[key]) for key, sample in job.planned if key in job.known]
         old = changed(committed, workers, progress, stop)
         models_ready = time.monotonic()
-        writer.expect(len(todo))
+        writer.expect(len(job.todo))
         before = len(writer.committed)
-        rows = itertools.chain([first] if first else [], prepared)
-        size = batch_size or _DEFAULT_BATCH[place_on]
+        rows = itertools.chain(first, prepared)
+        size = batch_size or DEFAULT_BATCH[job.device]
 
         def facts() -> list[str]:
             return [megabytes(writer.bytes_written), f"{len(tally.skipped)} skipped"]
 
-        with Progress("extract", len(todo), "image", shown=progress, facts=facts) as bar:
-            _run(rows, yolo, teacher, writer, size, tally, bar, stop)
+        with Progress("extract", len(job.todo), "image", shown=progress, facts=facts) as bar:
+            run(rows, job.yolo, job.teacher, writer, size, tally, bar, stop)
         if stop.asked:
             raise KeyboardInterrupt
         writer.commit()
@@ -137,14 +129,14 @@ def extract(
         writer.remark(remarks)
     ended = time.monotonic()
     cache = Cache(out)
-    new_commits = [commit for commit in cache.commits if known.keys().isdisjoint(commit.keys)]
+    new_commits = [commit for commit in cache.commits if job.known.keys().isdisjoint(commit.keys)]
     return ExtractReport(
         cache=out,
-        device=place_on,
+        device=job.device,
         rows_added=total - before,
         rows_total=total,
-        rows_found=len(planned) - len(todo),
-        gone=_gone(planned, known) if limit is None else [],
+        rows_found=len(job.planned) - len(job.todo),
+        gone=gone(job.planned, job.known) if limit is None else [],
         seconds=ended - started,
         images_per_s=(total - before) / (ended - models_ready),
         bytes_added=sum(o.size_bytes for commit in new_commits for o in commit.objects.values()),
@@ -152,113 +144,22 @@ def extract(
     )
 
 
-def _known(out: Path) -> dict[RowKey, Digests]:
-    """The rows that a cache holds already, if there is one."""
-    if not out.exists():
-        return {}
-    found = Cache(out)
-    return {key: Digests.of(row.details) for key, row in zip(found.keys, found, strict=True)}
+def _look(first: Sequence[Prepared], job: Job, out: Path) -> None:
+    """Say what both models score on the first photos, and refuse what cannot fit on the disk."""
+    picture = out.with_name(out.name + "-check.png")
+    seen = look(first, job.yolo, job.teacher)
+    found = check(seen, job.yolo, job.teacher, picture)
+    score = "" if found.teacher_miou is None else f": teacher mIoU {found.teacher_miou:.3f}"
+    log.info("first look at %d photos%s; picture: %s", found.photos, score, picture)
+    for text in found.warnings:
+        log.warning("%s", text)
+    for text in found.notes:
+        log.info("%s", text)
+    sizes = [stored_bytes(row_arrays(*one, job.manifest), job.manifest) for one in seen]
+    Need.of(job.manifest, sizes, len(job.todo)).refuse_if_too_much(out)
 
 
-def _planned(
-    dataset: Dataset, config: ExtractConfig, split: str, limit: int | None
-) -> list[tuple[RowKey, Sample]]:
-    """Keys of the samples, one split after the other (a shard holds one split only)."""
-    planned = [
-        (RowKey(_split(sample, config, split), sample.sample_id, 0), sample)
-        for sample in itertools.islice(dataset.samples, limit)
-    ]
-    return sorted(planned, key=lambda item: item[0].split)
-
-
-def _split(sample: Sample, config: ExtractConfig, split: str) -> str:
-    if config.val_fraction and split == "train":
-        return split_of(sample.sample_id, config.val_fraction, config.seed)
-    return split
-
-
-def _refuse_second_split(
-    planned: Sequence[tuple[RowKey, Sample]], known: Mapping[RowKey, Digests], out: Path
-) -> None:
-    """The same photo in train and val would make the validation score a lie.
-
-    Equal names alone are not enough to refuse: two folders may number their files alike.
-    """
-    split_of_id = {key.sample_id: key.split for key in known}
-    for key, sample in planned:
-        split = split_of_id.get(key.sample_id, key.split)
-        if split == key.split or key in known or not sample.image_path.is_file():
-            continue
-        digest = hashlib.sha256(sample.image_path.read_bytes()).hexdigest()
-        if digest == known[key._replace(split=split)].image_sha256:
-            raise ConfigError(
-                f"{key.sample_id} is in {out} as {split}, now it would be added as {key.split} "
-                "too; use the --val-fraction, seed and --split it was extracted with"
-            )
-
-
-def _gone(planned: Sequence[tuple[RowKey, Sample]], known: Mapping[RowKey, Digests]) -> list[str]:
-    """Ids of rows of the splits that were asked for which the dataset does not have."""
-    here = {key for key, _ in planned}
-    splits = {key.split for key in here}
-    return [key.sample_id for key in known if key.split in splits and key not in here]
-
-
-def _load_models(config: ExtractConfig, device: str) -> tuple[Yolo, Teacher]:
-    if config.yolo_onnx_path is None or config.teacher_checkpoint is None:
-        raise ConfigError("both frozen models are needed: --yolo FILE.onnx and --teacher FILE")
-    yolo = Yolo(
-        config.yolo_onnx_path,
-        tap=config.yolo_target_layer,
-        expects=config.yolo_input,
-        device=device,
-        size_px=config.size,
-    )
-    teacher = Teacher(
-        config.teacher_checkpoint,
-        encoder=config.teacher_encoder,
-        output=config.teacher_output,
-        device=device,
-        size_px=config.size,
-    )
-    return yolo, teacher
-
-
-def _manifest(config: ExtractConfig, yolo: Yolo, teacher: Teacher, device: str) -> Manifest:
-    tap = TapSpec(
-        name=config.yolo_target_layer,
-        precision=config.precision,
-        shape=yolo.feature_shape,
-        groups=yolo.groups,
-    )
-    fingerprint = {
-        "yolo_sha256": yolo.sha256,
-        "yolo_target_layer": config.yolo_target_layer,
-        "yolo_input": config.yolo_input,
-        "teacher_sha256": teacher.sha256,
-        "teacher_network": teacher.network,
-        "size": str(config.size),
-        "resize": config.resize,
-        "interpolation": INTERPOLATION,
-        "precision": config.precision,
-        "views": "resized only",
-        "execution_provider": f"{device} float32",
-    }
-    if config.category != PERSON_CATEGORY:
-        fingerprint["category"] = config.category
-    libraries = ("kdcache", "numpy", "opencv-python-headless", "pillow", "torch", "onnx")
-    return Manifest(
-        size_px=config.size,
-        shard_rows=config.shard_rows,
-        compression=config.compression,
-        logits_dtype="float32" if config.precision == "float32" else "float16",
-        taps=(tap,),
-        fingerprint=fingerprint,
-        versions={name: version(name) for name in libraries},
-    )
-
-
-def _run(
+def run(
     rows: Iterable[Prepared],
     yolo: Yolo,
     teacher: Teacher,
@@ -306,17 +207,7 @@ def _write(
     feature_CHW: codecs.Array,
     logits_HW: codecs.F32,
 ) -> None:
-    (tap,) = writer.manifest.taps
-    # on a GPU the features become codes there; the codes come to the host
-    encoded = codecs.encode(feature_CHW, tap)
-    arrays = {
-        IMAGE: row.image,
-        MASK: row.mask,
-        LOGITS: codecs.teacher_logits(logits_HW, writer.manifest.logits_dtype),
-        ROWS: describe_row(row.key, row.details),
-        **{f"{tap.folder}/{name}": codecs.on_host(array) for name, array in encoded.items()},
-    }
-    writer.append(row.key, arrays)
+    writer.append(row.key, row_arrays(row, feature_CHW, logits_HW, writer.manifest))
 
 
 def _finish(row: Prepared, write: Future[None], tally: Tally) -> None:

@@ -64,7 +64,11 @@ class Teacher:
 
     def logits(self, images_NHWC: U8) -> F32:
         """One logit a pixel, (N, H, W)."""
-        return self._network(imagenet_normalised(images_NHWC))[:, 0]
+        return self.run(imagenet_normalised(images_NHWC))
+
+    def run(self, inputs_NCHW: F32) -> F32:
+        """One logit a pixel, (N, H, W), of what the network is to be given."""
+        return self._network(inputs_NCHW)[:, 0]
 
 
 def network_settings(network: str) -> dict[str, str]:

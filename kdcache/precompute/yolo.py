@@ -35,7 +35,7 @@ class Yolo:
         self, path: Path, *, tap: str, expects: YoloInput, device: str, size_px: int
     ) -> None:
         self.sha256 = model_sha256(path)
-        self._expects = expects
+        self.expects = expects
         self._on_host = device == "cpu"
         model = read_model(path)
         cut = pruned(model, [tap], path).SerializeToString()
@@ -47,9 +47,12 @@ class Yolo:
         self.feature_shape = _checked_shape(features.shape, path, tap, size_px)
         self.groups = self._groups(model, path, tap, noise, features[0])
 
-    def features(self, images_NHWC: U8) -> F32 | Tensor:
-        """The tap's feature maps where they were computed: numpy on the CPU, torch on a GPU."""
-        inputs = yolo_input(images_NHWC, self._expects)
+    def features(self, images_NHWC: U8, given_as: YoloInput | None = None) -> F32 | Tensor:
+        """The tap's feature maps where they were computed: numpy on the CPU, torch on a GPU.
+
+        `given_as` gives the detector another form of the pixels than it expects.
+        """
+        inputs = yolo_input(images_NHWC, given_as or self.expects)
         if self._on_host:
             return self._network(inputs)
         return self._network.on_device(inputs, self.feature_shape)

@@ -1,0 +1,256 @@
+"""A first look at both models on a few photos: do they see what they were made for?
+
+A wrong channel order, scale or normalisation raises no error: it gives a cache of poor targets. So
+each model is also run on the pixels in the other usual forms, and the scores compared: the
+teacher's mIoU against the masks, and for the detector how well its features tell people from the
+rest, by a linear map fitted on the other photos. On real photos a wrong scale costs all of that, a
+swapped channel order a few hundredths (docs/log.md).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdcache.cache import codecs
+from kdcache.config import YoloInput
+from kdcache.drawing import lit, masked, save, sheet
+from kdcache.errors import ModelError
+from kdcache.imaging import IGNORE, PADDING, PERSON, U8, imagenet_normalised
+from kdcache.precompute.sources import Prepared
+from kdcache.precompute.teacher import Teacher
+from kdcache.precompute.yolo import Yolo
+from kdcache.tables import table
+
+log = logging.getLogger(__name__)
+F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
+
+TEACHER_GETS = "ImageNet-normalised RGB"
+YOLO_INPUTS: tuple[YoloInput, ...] = ("rgb01", "bgr01", "rgb255", "bgr255")
+
+_LOW_MIOU = 0.5  # half of the picture wrong: no teacher to learn from
+# Standard errors (over the photos) by which another form must score better to be warned of, and to
+# be sure of it.
+_LIKELY, _SURE = 1.0, 2.0
+_RIDGE = 1e-3  # a thousandth of a unit variance: keeps the fit defined where channels repeat
+_PROBED_SIDE = 40  # grid positions a side that the linear map is fitted on
+
+
+def _planes(images_NHWC: U8) -> F32:
+    return np.ascontiguousarray(images_NHWC.transpose(0, 3, 1, 2)).astype(np.float32)
+
+
+TEACHER_INPUTS: dict[str, Callable[[U8], F32]] = {
+    TEACHER_GETS: imagenet_normalised,
+    "ImageNet-normalised BGR": lambda images: imagenet_normalised(images[..., ::-1]),
+    "RGB in 0 to 1": lambda images: _planes(images) / np.float32(255),
+    "RGB in 0 to 255": _planes,
+    "RGB in -1 to 1": lambda images: _planes(images) / np.float32(127.5) - 1,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """What both models score on a few photos, by the form of the pixels they were given."""
+
+    photos: int
+    teacher_miou: float | None  # as it is used; None without a labelled person
+    teacher: Mapping[str, float]  # mIoU
+    detector: Mapping[str, float]  # share of the mask's variance that the features explain
+    warnings: Sequence[str]
+    notes: Sequence[str]  # what scores better too, but may do so by chance
+
+
+class Seen(NamedTuple):
+    """A photo and what both models, as they are used, make of it."""
+
+    row: Prepared
+    feature: codecs.Array  # (C, h, w), where it was computed
+    logits: F32  # (H, W)
+
+
+def look(rows: Sequence[Prepared], yolo: Yolo, teacher: Teacher) -> list[Seen]:
+    """Run both models on a few photos, one by one."""
+    return [
+        Seen(row, yolo.features(row.image[None])[0], teacher.logits(row.image[None])[0])
+        for row in rows
+    ]
+
+
+def check(seen: Sequence[Seen], yolo: Yolo, teacher: Teacher, picture: Path) -> Check:
+    """Score both models, draw the teacher on the photos, and warn of what looks wrong.
+
+    Raises ModelError when the teacher gives probabilities.
+    """
+    rows, logits = [one.row for one in seen], [one.logits for one in seen]
+    if all(z.min() >= 0 and z.max() <= 1 for z in logits):
+        low, high = min(z.min() for z in logits), max(z.max() for z in logits)
+        raise ModelError(
+            f"the teacher's output lies in {low:.3g} to {high:.3g} on all of {len(rows)} photos: these "
+            "are probabilities, distillation needs the logits before the sigmoid: export it without"
+        )
+    _draw(rows, logits, picture)
+    labelled = [n for n, row in enumerate(rows) if (row.mask == PERSON).any()]
+    scores: dict[str, F64] = {}
+    if labelled:
+        scores = {
+            name: np.array([
+                _miou(logits[n] if name == TEACHER_GETS else _logits(teacher, rows[n], form), rows[n])
+                for n in labelled
+            ])
+            for name, form in TEACHER_INPUTS.items()
+        }  # fmt: skip
+    # without masks the teacher's own stand in: an image's people are where they are
+    people = [
+        row.mask if n in labelled else np.where(logits[n] > 0, PERSON, 0)
+        for n, row in enumerate(rows)
+    ]
+    explained = _explained(seen, people, yolo)
+    found = [_other_teacher_input(scores), _other_detector_input(explained, yolo.expects)]
+    warnings = [text for likely, text in found if text and likely]
+    own = float(scores[TEACHER_GETS].mean()) if scores else None
+    if own is not None and own < _LOW_MIOU:
+        warnings.insert(
+            0,
+            f"the teacher's mIoU is {own:.3f} on the first labelled photos: is it a teacher of this "
+            "task, and are these its images?",
+        )
+    return Check(
+        photos=len(rows),
+        teacher_miou=own,
+        teacher={name: float(values.mean()) for name, values in scores.items()},
+        detector={name: float(values.mean()) for name, values in explained.items()},
+        warnings=warnings,
+        notes=[text for likely, text in found if text and not likely],
+    )
+
+
+def check_text(found: Check) -> str:
+    """The scores as a table."""
+    rows = [(f"on {found.photos} photos, given", "teacher mIoU", "detector explains")]
+    rows += [(name, f"{score:.3f}", "") for name, score in found.teacher.items()]
+    rows += [(name, "", f"{score:.3f}") for name, score in found.detector.items()]
+    return table(rows)
+
+
+def _other_teacher_input(scores: Mapping[str, F64]) -> tuple[bool, str]:
+    """Whether another form is likely to be the right one, and the words for it; none if no better."""
+    name, likely, words = _better(scores, TEACHER_GETS)
+    if not name:
+        return False, ""
+    return likely, (
+        f"the teacher scores {words} on {name} (mIoU {scores[name].mean():.3f}) than on the "
+        f"{TEACHER_GETS} that it gets ({scores[TEACHER_GETS].mean():.3f}): was it trained on that? "
+        "Then export it to ONNX with that conversion at its input"
+    )
+
+
+def _other_detector_input(scores: Mapping[str, F64], own: str) -> tuple[bool, str]:
+    name, likely, words = _better(scores, own)
+    if not name:
+        return False, ""
+    return likely, (
+        f"the detector's features tell people from the rest {words} with --yolo-input {name} "
+        f"({scores[name].mean():.3f} of the variance) than with {own} ({scores[own].mean():.3f}): "
+        "which was it trained on?"
+    )
+
+
+def _better(scores: Mapping[str, F64], own: str) -> tuple[str, bool, str]:
+    """The form that beats `own` by the most, whether that is likely to be no chance, and how much."""
+    if not scores:
+        return "", False, ""
+    name = max(scores, key=lambda name: scores[name].mean())
+    difference = scores[name] - scores[own]
+    if difference.mean() <= 0:
+        return "", False, ""
+    count = len(difference)
+    error = difference.std(ddof=1) / count**0.5 if count > 1 else np.inf
+    if difference.mean() <= _LIKELY * error:
+        return name, False, f"better, by what may be chance on {count} photos,"
+    return name, True, "clearly better" if difference.mean() > _SURE * error else "a little better"
+
+
+def _logits(teacher: Teacher, row: Prepared, form: Callable[[U8], F32]) -> F32:
+    (logits_HW,) = teacher.run(form(row.image[None]))
+    return np.asarray(logits_HW)
+
+
+def _miou(logits_HW: F32, row: Prepared) -> float:
+    """(IoU_person + IoU_background) / 2 of logit > 0, over labelled pixels."""
+    valid = (row.mask != IGNORE) & (row.mask != PADDING)
+    ours, theirs = (logits_HW > 0)[valid], (row.mask == PERSON)[valid]
+    return (_iou(ours, theirs) + _iou(~ours, ~theirs)) / 2
+
+
+def _iou(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> float:
+    union = np.count_nonzero(a | b)
+    return np.count_nonzero(a & b) / union if union else 1.0
+
+
+def _explained(
+    seen: Sequence[Seen], people: Sequence[NDArray[np.generic]], yolo: Yolo
+) -> dict[str, F64]:
+    """By the form of the pixels, for each photo: 1 − error / variance of the share of person in
+    each grid cell, told from the cell's features by a linear map fitted on the other photos."""
+    if len(seen) < 2 or not any((mask == PERSON).any() for mask in people):
+        return {}
+    _, height, _ = yolo.feature_shape
+    step = max(1, height // _PROBED_SIDE)
+    targets = np.stack([_share_of_person(mask, height)[::step, ::step].ravel() for mask in people])
+    found: dict[str, F64] = {}
+    for form in YOLO_INPUTS:
+        features = []
+        for row, feature, _ in seen:
+            as_used = form == yolo.expects
+            found_CHW = feature if as_used else yolo.features(row.image[None], form)[0]
+            on_host = codecs.on_host(found_CHW)[:, ::step, ::step]
+            features.append(on_host.reshape(len(on_host), -1).T.astype(np.float64))
+        found[form] = _told_by_others(np.stack(features), targets)
+    return found
+
+
+def _told_by_others(features_NPC: F64, targets_NP: F64) -> F64:
+    """Explained share of each photo's variance, by ridge regression on all other photos; (N,)."""
+    if not np.isfinite(features_NPC).all():
+        return np.full(len(targets_NP), -1.0)
+    deviation = features_NPC.std((0, 1))
+    scaled = (features_NPC - features_NPC.mean((0, 1))) / np.where(deviation > 0, deviation, 1)
+    ones = np.ones((*targets_NP.shape, 1))
+    known = np.concatenate([scaled, ones], axis=2)
+    gram = np.einsum("npc,npd->ncd", known, known, optimize=True)
+    moments = np.einsum("npc,np->nc", known, targets_NP)
+    ridge = _RIDGE * targets_NP.size * np.eye(known.shape[2])
+    variance = ((targets_NP - targets_NP.mean()) ** 2).mean(1)
+    shares = []
+    for n in range(len(known)):
+        weights = np.linalg.solve(gram.sum(0) - gram[n] + ridge, moments.sum(0) - moments[n])
+        error = ((known[n] @ weights - targets_NP[n]) ** 2).mean()
+        shares.append(1 - error / max(variance[n], 1e-9))
+    clipped: F64 = np.clip(np.array(shares), -1, 1)
+    return clipped
+
+
+def _share_of_person(mask: NDArray[np.generic], side: int) -> F64:
+    cell = len(mask) // side
+    person = (mask == PERSON).astype(np.float64)
+    share: F64 = person.reshape(side, cell, side, cell).mean((1, 3))
+    return share
+
+
+def _draw(rows: Sequence[Prepared], logits: Sequence[F32], picture: Path) -> None:
+    """Photo, mask and the teacher's person of each row."""
+    cells = [
+        [row.image, masked(row.image, row.mask), lit(row.image, z > 0)]
+        for row, z in zip(rows, logits, strict=True)
+    ]
+    captions = [f"{row.key.split}: {row.key.sample_id}" for row in rows]
+    titles = ["photo", "mask (yellow: not labelled)", "teacher"]
+    save(picture, sheet(titles, cells, captions), "PNG")

@@ -1,0 +1,194 @@
+"""What there is to extract, with which models, into which cache: found out before anything is written."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdcache.cache import codecs
+from kdcache.cache.format import RowKey, describe_row
+from kdcache.cache.layout import IMAGE, LOGITS, MASK, ROWS, Manifest, TapSpec
+from kdcache.cache.reader import Cache
+from kdcache.config import ExtractConfig
+from kdcache.errors import CacheError, ConfigError
+from kdcache.imaging import INTERPOLATION
+from kdcache.precompute.coco import PERSON_CATEGORY
+from kdcache.precompute.dataset import Dataset, Sample, split_of
+from kdcache.precompute.onnx_session import Device, resolve_device
+from kdcache.precompute.sources import Digests, Prepared, Tally
+from kdcache.precompute.teacher import Teacher
+from kdcache.precompute.yolo import Yolo
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What there is to extract, and with what."""
+
+    device: str
+    planned: Sequence[tuple[RowKey, Sample]]
+    known: Mapping[RowKey, Digests]  # rows that the cache has
+    todo: Sequence[tuple[RowKey, Sample]]
+    yolo: Yolo
+    teacher: Teacher
+    manifest: Manifest
+
+
+def open_job(
+    config: ExtractConfig,
+    dataset: Dataset,
+    out: Path,
+    *,
+    split: str,
+    device: Device,
+    limit: int | None,
+    tally: Tally,
+) -> Job:
+    """Find out what is to be done and load the models; nothing is written."""
+    place_on = resolve_device(device)
+    for name, reason in dataset.refused.items():
+        tally.refuse(name, reason)
+    planned = _planned(dataset, config, split, limit)
+    if out.exists() and not (out / "zarr.json").is_file():
+        raise CacheError(f"--out {out} exists and is not a kdcache cache; choose another")
+    known = _known(out)
+    tally.pixels |= {key: digests.pixels_sha256 for key, digests in known.items()}
+    _refuse_second_split(planned, known, out)
+    yolo, teacher = _load_models(config, place_on)
+    return Job(
+        device=place_on,
+        planned=planned,
+        known=known,
+        todo=[(key, sample) for key, sample in planned if key not in known],
+        yolo=yolo,
+        teacher=teacher,
+        manifest=_manifest(config, yolo, teacher, place_on),
+    )
+
+
+def _known(out: Path) -> dict[RowKey, Digests]:
+    """The rows that a cache holds already, if there is one."""
+    if not out.exists():
+        return {}
+    found = Cache(out)
+    return {key: Digests.of(row.details) for key, row in zip(found.keys, found, strict=True)}
+
+
+def _planned(
+    dataset: Dataset, config: ExtractConfig, split: str, limit: int | None
+) -> list[tuple[RowKey, Sample]]:
+    """Keys of the samples, one split after the other (a shard holds one split only)."""
+    planned = [
+        (RowKey(_split(sample, config, split), sample.sample_id, 0), sample)
+        for sample in itertools.islice(dataset.samples, limit)
+    ]
+    return sorted(planned, key=lambda item: item[0].split)
+
+
+def _split(sample: Sample, config: ExtractConfig, split: str) -> str:
+    if config.val_fraction and split == "train":
+        return split_of(sample.sample_id, config.val_fraction, config.seed)
+    return split
+
+
+def _refuse_second_split(
+    planned: Sequence[tuple[RowKey, Sample]], known: Mapping[RowKey, Digests], out: Path
+) -> None:
+    """The same photo in train and val would make the validation score a lie.
+
+    Equal names alone are not enough to refuse: two folders may number their files alike.
+    """
+    split_of_id = {key.sample_id: key.split for key in known}
+    for key, sample in planned:
+        split = split_of_id.get(key.sample_id, key.split)
+        if split == key.split or key in known or not sample.image_path.is_file():
+            continue
+        digest = hashlib.sha256(sample.image_path.read_bytes()).hexdigest()
+        if digest == known[key._replace(split=split)].image_sha256:
+            raise ConfigError(
+                f"{key.sample_id} is in {out} as {split}, now it would be added as {key.split} "
+                "too; use the --val-fraction, seed and --split it was extracted with"
+            )
+
+
+def gone(planned: Sequence[tuple[RowKey, Sample]], known: Mapping[RowKey, Digests]) -> list[str]:
+    """Ids of rows of the splits that were asked for which the dataset does not have."""
+    here = {key for key, _ in planned}
+    splits = {key.split for key in here}
+    return [key.sample_id for key in known if key.split in splits and key not in here]
+
+
+def _load_models(config: ExtractConfig, device: str) -> tuple[Yolo, Teacher]:
+    if config.yolo_onnx_path is None or config.teacher_checkpoint is None:
+        raise ConfigError("both frozen models are needed: --yolo FILE.onnx and --teacher FILE")
+    yolo = Yolo(
+        config.yolo_onnx_path,
+        tap=config.yolo_target_layer,
+        expects=config.yolo_input,
+        device=device,
+        size_px=config.size,
+    )
+    teacher = Teacher(
+        config.teacher_checkpoint,
+        encoder=config.teacher_encoder,
+        output=config.teacher_output,
+        device=device,
+        size_px=config.size,
+    )
+    return yolo, teacher
+
+
+def _manifest(config: ExtractConfig, yolo: Yolo, teacher: Teacher, device: str) -> Manifest:
+    tap = TapSpec(
+        name=config.yolo_target_layer,
+        precision=config.precision,
+        shape=yolo.feature_shape,
+        groups=yolo.groups,
+    )
+    fingerprint = {
+        "yolo_sha256": yolo.sha256,
+        "yolo_target_layer": config.yolo_target_layer,
+        "yolo_input": config.yolo_input,
+        "teacher_sha256": teacher.sha256,
+        "teacher_network": teacher.network,
+        "size": str(config.size),
+        "resize": config.resize,
+        "interpolation": INTERPOLATION,
+        "precision": config.precision,
+        "views": "resized only",
+        "execution_provider": f"{device} float32",
+    }
+    if config.category != PERSON_CATEGORY:
+        fingerprint["category"] = config.category
+    libraries = ("kdcache", "numpy", "opencv-python-headless", "pillow", "torch", "onnx")
+    return Manifest(
+        size_px=config.size,
+        shard_rows=config.shard_rows,
+        compression=config.compression,
+        logits_dtype="float32" if config.precision == "float32" else "float16",
+        taps=(tap,),
+        fingerprint=fingerprint,
+        versions={name: version(name) for name in libraries},
+    )
+
+
+def row_arrays(
+    row: Prepared, feature_CHW: codecs.Array, logits_HW: codecs.F32, manifest: Manifest
+) -> dict[str, NDArray[np.generic]]:
+    """What the cache holds of a row, by array."""
+    (tap,) = manifest.taps
+    # on a GPU the features become codes there; the codes come to the host
+    encoded = codecs.encode(feature_CHW, tap)
+    return {
+        IMAGE: row.image,
+        MASK: row.mask,
+        LOGITS: codecs.teacher_logits(logits_HW, manifest.logits_dtype),
+        ROWS: describe_row(row.key, row.details),
+        **{f"{tap.folder}/{name}": codecs.on_host(array) for name, array in encoded.items()},
+    }

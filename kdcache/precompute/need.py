@@ -1,0 +1,73 @@
+"""How much disk an extraction will take, and whether it is there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdcache.cache.layout import Manifest
+from kdcache.cache.shard import encode_chunk, index_bytes
+from kdcache.errors import CacheError
+from kdcache.tables import megabytes
+
+# The file system's own blocks, commit records, and rows that compress worse than those looked at.
+_MARGIN = 1.05
+
+
+def stored_bytes(arrays: Mapping[str, NDArray[np.generic]], manifest: Manifest) -> dict[str, int]:
+    """Bytes that one row's arrays take on disk, by array."""
+    sizes = {}
+    for spec in manifest.arrays():
+        chunk, _ = encode_chunk(spec.transform.forward(arrays[spec.path]), manifest.compression)
+        sizes[spec.path] = len(chunk)
+    return sizes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Need:
+    """Disk space and files of `rows` further rows."""
+
+    rows: int
+    size_bytes: int
+    files: int
+
+    @classmethod
+    def of(cls, manifest: Manifest, looked_at: Sequence[Mapping[str, int]], rows: int) -> Need:
+        """Of so many rows like those looked at (bytes by array of each)."""
+        per_row = sum(sum(sizes.values()) for sizes in looked_at) / len(looked_at)
+        shards, arrays = -(-rows // manifest.shard_rows), len(manifest.arrays())
+        indexes = shards * arrays * index_bytes(manifest.shard_rows)
+        return cls(
+            rows=rows,
+            size_bytes=round(rows * per_row + indexes),
+            # a commit record is a folder and a file, as every array is
+            files=shards * (arrays + 2) + 2 * arrays + 8,
+        )
+
+    def refuse_if_too_much(self, out: Path) -> None:
+        """Raise CacheError where the disk of `out` has not the space or files left for it."""
+        space, files = free(out)
+        if self.size_bytes * _MARGIN > space:
+            raise CacheError(
+                f"{self.rows} rows will take about {megabytes(self.size_bytes)}, {out} has "
+                f"{megabytes(space)} left: make room, choose another --out or fewer bits "
+                "(--precision int5 halves int8; `kdcache plan` shows each)"
+            )
+        if files is not None and self.files > files:
+            raise CacheError(
+                f"{self.rows} rows will take {self.files} files, the disk of {out} has room for "
+                f"{files} more: --set shard_rows={self.rows} would make fewer, larger ones"
+            )
+
+
+def free(out: Path) -> tuple[int, int | None]:
+    """Bytes, and files where the disk counts them, that are left where `out` is or will be."""
+    folder = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    files = os.statvfs(folder).f_favail
+    return shutil.disk_usage(folder).free, files or None  # btrfs and network disks say 0
