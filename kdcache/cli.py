@@ -15,10 +15,20 @@ import click
 
 from kdcache import __version__
 from kdcache.errors import KdcacheError
+from kdcache.options import (
+    Command,
+    cache_argument,
+    config_options,
+    device_option,
+    frozen_device_option,
+    input_options,
+    json_option,
+    option,
+    path,
+    run_argument,
+)
 
 EXIT_FAILED, EXIT_SKIPPED = 1, 3
-
-Command = Callable[..., Any]
 
 
 class _Group(click.Group):
@@ -76,38 +86,6 @@ def _leads() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _option(*names: str, **attributes: Any) -> Callable[[Command], Command]:
-    return click.option(*names, **attributes)
-
-
-def _config_options(command: Command) -> Command:
-    config = _option("--config", metavar="NAME|FILE", help="Named config or TOML file.")
-    assignments = _option(
-        "--set",
-        "assignments",
-        multiple=True,
-        metavar="KEY=VALUE",
-        help="Set any setting by its name.",
-    )
-    return config(assignments(command))
-
-
-_json_option = _option("--json", "as_json", is_flag=True, help="Print JSON.")
-_device_option = _option(
-    "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."
-)
-_frozen_device_option = _option(
-    "--device",
-    default="auto",
-    show_default=True,
-    type=click.Choice(["auto", "cpu", "cuda", "tensorrt"]),
-    help="Where the frozen models run.",
-)
-_cache_argument = click.argument("cache", type=click.Path(path_type=Path))
-_run_argument = click.argument("run", type=click.Path(path_type=Path))
-_path = click.Path(path_type=Path)
-
-
 def _with_logging_above_bars(command: Command) -> Command:
     """Log lines must not tear a progress bar."""
 
@@ -121,9 +99,37 @@ def _with_logging_above_bars(command: Command) -> Command:
     return wrapped
 
 
+def _inputs(
+    images: Path,
+    masks: Path | None,
+    coco: Path | None,
+    unlabelled: bool,
+    all_images: bool,
+    config: str | None,
+    assignments: tuple[str, ...],
+    **options: Any,
+) -> dict[str, Any]:
+    """The input options as arguments of the library's `plan` and `extract`."""
+    from kdcache.config import ExtractConfig, load
+
+    if sum((masks is not None, coco is not None, unlabelled)) != 1:
+        raise click.UsageError("give --masks DIR, --coco FILE or --unlabelled, one of them")
+    flags = {name: options.pop(name) for name in ExtractConfig.model_fields if name in options}
+    settings = load(ExtractConfig, config, assignments, flags)
+    from kdcache.precompute import dataset
+
+    if coco is not None:
+        data = dataset.coco_dataset(images, coco, all_images, settings.category)
+    elif masks is not None:
+        data = dataset.folder_dataset(images, masks)
+    else:
+        data = dataset.unlabelled_dataset(images)
+    return {"config": settings, "dataset": data, **options}
+
+
 @main.command("demo", epilog=_example("kdcache demo --out demo", "kdcache info demo/cache.zarr"))
-@_option("--out", type=_path, default=Path("demo"), show_default=True, help="Folder to work in.")
-@_json_option
+@option("--out", type=path, default=Path("demo"), show_default=True, help="Folder to work in.")
+@json_option
 @_with_logging_above_bars
 def demo_command(out: Path, as_json: bool) -> None:
     """Run the whole pipeline on stand-in models and drawn scenes (about a minute on 2 cores)."""
@@ -140,110 +146,68 @@ def demo_command(out: Path, as_json: bool) -> None:
         "    --yolo yolov9_e.onnx --teacher 2020-09-23a.pth --out coco.zarr",
     )
 )
-@_option("--images", type=_path, required=True, help="Folder of images.")
-@_option("--masks", type=_path, help="Folder of masks, paired by stem.")
-@_option("--coco", type=_path, help="COCO instances JSON (of persons; --set category=NAME).")
-@_option("--unlabelled", is_flag=True, help="There are no masks: distil from the models alone.")
-@_option("--all-images", is_flag=True, help="COCO: also images without a person.")
-@_option("--yolo", "yolo_onnx_path", type=_path, help="The frozen detector, an ONNX file.")
-@_option(
-    "--teacher",
-    "teacher_checkpoint",
-    type=_path,
-    help="The frozen teacher: .pth, .ckpt, .safetensors or .onnx.",
-)
-@_option("--out", type=_path, required=True, help="Cache to write, or to resume or append to.")
-@_option(
-    "--tap", "yolo_target_layer", metavar="NAME", help="Tensor of the detector to store (layer 34)."
-)
-@_option(
-    "--yolo-input",
-    type=click.Choice(["rgb01", "bgr01", "rgb255", "bgr255"]),
-    help="Channel order and range the detector expects (rgb01).",
-)
-@_option("--size", type=int, metavar="PX", help="Side of the model input (640).")
-@_option("--resize", type=click.Choice(["stretch", "letterbox"]), help="How images are fitted.")
-@_option(
-    "--precision",
-    type=click.Choice(["float32", "float16", "int8", "int6", "int5", "int4"]),
-    help="How features are stored (int8).",
-)
-@_option(
-    "--compression",
-    type=click.Choice(["zstd", "lz4", "none"]),
-    help="zstd is smallest, none reads fastest (zstd).",
-)
-@_option("--split", default="train", show_default=True, type=click.Choice(["train", "val"]))
-@_option("--val-fraction", type=float, metavar="F", help="Share of images put into val, by hash.")
-@_option("--limit", type=click.IntRange(1), metavar="N", help="Only the first N images.")
-@_option("--batch-size", type=click.IntRange(1), help="Images a model call (CPU 1, GPU 8).")
-@_frozen_device_option
-@_option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Decode threads.")
-@_option("--strict", is_flag=True, help="Stop at the first image that cannot be used.")
-@_config_options
-@_json_option
+@input_options
+@option("--strict", is_flag=True, help="Stop at the first image that cannot be used.")
+@config_options
+@json_option
 @_with_logging_above_bars
-def extract(
-    images: Path,
-    masks: Path | None,
-    coco: Path | None,
-    unlabelled: bool,
-    all_images: bool,
-    out: Path,
-    split: str,
-    limit: int | None,
-    batch_size: int | None,
-    device: Any,
-    workers: int,
-    strict: bool,
-    config: str | None,
-    assignments: tuple[str, ...],
-    as_json: bool,
-    **flags: Any,
-) -> None:
+def extract(strict: bool, as_json: bool, **inputs: Any) -> None:
     """Run both frozen models over a dataset, once, into a cache.
 
     Run again to resume, or to append new images; exit status 3 when some images were skipped.
     """
-    from kdcache.config import ExtractConfig, load
-
-    if sum((masks is not None, coco is not None, unlabelled)) != 1:
-        raise click.UsageError("give --masks DIR, --coco FILE or --unlabelled, one of them")
-    settings = load(ExtractConfig, config, assignments, flags)
-    from kdcache.precompute import dataset
+    arguments = _inputs(**inputs)
     from kdcache.precompute import extract as engine
     from kdcache.report import extract_text
 
-    if coco is not None:
-        data = dataset.coco_dataset(images, coco, all_images, settings.category)
-    elif masks is not None:
-        data = dataset.folder_dataset(images, masks)
-    else:
-        data = dataset.unlabelled_dataset(images)
-    report = engine.extract(
-        settings,
-        data,
-        out,
-        split=split,
-        device=device,
-        batch_size=batch_size,
-        workers=workers,
-        limit=limit,
-        strict=strict,
-        progress=True,
-    )
+    report = engine.extract(**arguments, strict=strict, progress=True)
     _print(report, as_json, extract_text)
     if report.skipped or report.changed:
         sys.exit(EXIT_SKIPPED)
 
 
+@main.command(
+    epilog=_example(
+        "kdcache plan --images train2017 --coco instances_train2017.json --yolo yolov9_e.onnx \\",
+        "    --teacher 2020-09-23a.pth --out /data/coco.zarr",
+    )
+)
+@input_options
+@option(
+    "--png",
+    "picture",
+    type=path,
+    default=Path("plan.png"),
+    show_default=True,
+    help="Picture to draw: photo, mask, teacher.",
+)
+@config_options
+@json_option
+@_with_logging_above_bars
+def plan(as_json: bool, **inputs: Any) -> None:
+    """Tell what `extract` with the same options would take, and look at both models first.
+
+    Bytes, files and time at each precision, from a trial on a few photos; what the models score on
+    them, and whether another channel order, scale or normalisation scores better. Exit status 1
+    when it does not fit on the disk.
+    """
+    arguments = _inputs(**inputs)
+    from kdcache.precompute.plan import plan as make_plan
+    from kdcache.report import plan_text
+
+    report = make_plan(**arguments, progress=True)
+    _print(report, as_json, plan_text)
+    if not report.fits:
+        sys.exit(EXIT_FAILED)
+
+
 @main.command(epilog=_example("kdcache info coco.zarr", "kdcache info coco.zarr --png rows.png"))
-@_cache_argument
-@_option("--png", type=_path, metavar="FILE", help="Draw rows: photo, mask, teacher, features.")
-@_option(
+@cache_argument
+@option("--png", type=path, metavar="FILE", help="Draw rows: photo, mask, teacher, features.")
+@option(
     "--rows", type=click.IntRange(1), default=6, show_default=True, help="Rows that --png draws."
 )
-@_json_option
+@json_option
 def info(cache: Path, png: Path | None, rows: int, as_json: bool) -> None:
     """Show what a cache holds and what it costs."""
     import kdcache
@@ -264,20 +228,20 @@ def info(cache: Path, png: Path | None, rows: int, as_json: bool) -> None:
         "kdcache verify coco.zarr --yolo yolov9_e.onnx --teacher 2020-09-23a.pth --rows 32",
     )
 )
-@_cache_argument
-@_option("--yolo", type=_path, help="Run the detector again on some rows and compare.")
-@_option("--teacher", type=_path, help="Run the teacher again on some rows and compare.")
-@_option(
+@cache_argument
+@option("--yolo", type=path, help="Run the detector again on some rows and compare.")
+@option("--teacher", type=path, help="Run the teacher again on some rows and compare.")
+@option(
     "--rows",
     type=click.IntRange(1),
     default=16,
     show_default=True,
     help="Rows that the models are run on.",
 )
-@_option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Which rows.")
-@_frozen_device_option
-@_option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Threads.")
-@_json_option
+@option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Which rows.")
+@frozen_device_option
+@option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Threads.")
+@json_option
 @_with_logging_above_bars
 def verify(
     cache: Path,
@@ -325,25 +289,25 @@ def verify(
         "kdcache train coco.zarr --out runs/first --resume",
     )
 )
-@click.argument("cache", type=_path, required=False)
-@_option("--out", type=_path, help="Run folder to write; needed.")
-@_option("--resume", is_flag=True, help="Go on with the run in --out, with its settings.")
-@_option("--extend", is_flag=True, help="With --resume: to more --epochs than it had.")
-@_option("--init-from", type=_path, metavar="RUN", help="Begin with the best student of a run.")
-@_option("--print-config", is_flag=True, help="Print all settings as TOML, and do nothing.")
-@_option("--epochs", type=int, help="Passes over the training rows (50).")
-@_option("--batch-size", type=int, help="Rows a step (4).")
-@_option("--feature-weight", type=float, help="Weight of the feature loss (0.5).")
-@_option("--mixed-precision/--no-mixed-precision", default=None, help="Autocast the networks.")
-@_option("--seed", type=int, help="Seed of weights and order (0).")
-@_option(
+@click.argument("cache", type=path, required=False)
+@option("--out", type=path, help="Run folder to write; needed.")
+@option("--resume", is_flag=True, help="Go on with the run in --out, with its settings.")
+@option("--extend", is_flag=True, help="With --resume: to more --epochs than it had.")
+@option("--init-from", type=path, metavar="RUN", help="Begin with the best student of a run.")
+@option("--print-config", is_flag=True, help="Print all settings as TOML, and do nothing.")
+@option("--epochs", type=int, help="Passes over the training rows (50).")
+@option("--batch-size", type=int, help="Rows a step (4).")
+@option("--feature-weight", type=float, help="Weight of the feature loss (0.5).")
+@option("--mixed-precision/--no-mixed-precision", default=None, help="Autocast the networks.")
+@option("--seed", type=int, help="Seed of weights and order (0).")
+@option(
     "--encoder-weights",
     metavar="FILE|imagenet|random",
     help="The student encoder's weights at the start (imagenet: of the hub, or its local cache).",
 )
-@_device_option
-@_config_options
-@_json_option
+@device_option
+@config_options
+@json_option
 @_with_logging_above_bars
 def train(
     cache: Path | None,
@@ -396,11 +360,11 @@ def train(
 
 
 @main.command(epilog=_example("kdcache evaluate runs/first coco.zarr"))
-@_run_argument
-@_cache_argument
-@_option("--split", default="val", show_default=True, type=click.Choice(["train", "val"]))
-@_device_option
-@_json_option
+@run_argument
+@cache_argument
+@option("--split", default="val", show_default=True, type=click.Choice(["train", "val"]))
+@device_option
+@json_option
 def evaluate(run: Path, cache: Path, split: str, device: str, as_json: bool) -> None:
     """Score a run's best student against the masks and the teacher."""
     import kdcache
@@ -411,9 +375,9 @@ def evaluate(run: Path, cache: Path, split: str, device: str, as_json: bool) -> 
 
 
 @main.command(epilog=_example("kdcache export runs/first --out student.onnx"))
-@_run_argument
-@_option("--out", type=_path, required=True, help="ONNX file to write.")
-@_json_option
+@run_argument
+@option("--out", type=path, required=True, help="ONNX file to write.")
+@json_option
 def export(run: Path, out: Path, as_json: bool) -> None:
     """Export a run's best student to ONNX, checked against PyTorch in ONNX Runtime."""
     from kdcache.report import export_text

@@ -6,12 +6,14 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from kdcache.tables import megabytes, table
+from kdcache.tables import duration, megabytes, table
 
 if TYPE_CHECKING:
     from kdcache.cache.verify import VerifyReport
     from kdcache.demo import DemoReport
+    from kdcache.precompute.check import Check
     from kdcache.precompute.extract import ExtractReport
+    from kdcache.precompute.plan import Plan
     from kdcache.train.export import ExportReport
     from kdcache.train.loop import TrainReport
 
@@ -64,6 +66,48 @@ def _remarks(found: Mapping[str, Any], shown: int | None = None) -> list[str]:
 
 def _first(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+
+
+def plan_text(plan: Plan) -> str:
+    """Cost at each precision, what both models score, and what looks wrong."""
+    rows = [("precision", "bytes", "a row", "files", "time")]
+    rows += [
+        (
+            name + (" (asked for)" if name == plan.precision else ""),
+            megabytes(cost.bytes),
+            megabytes(cost.bytes_per_row),
+            str(cost.files),
+            duration(cost.seconds),
+        )
+        for name, cost in plan.costs.items()
+    ]
+    files = "" if plan.free_files is None else f" and {plan.free_files} files"
+    lines = [
+        f"{plan.rows} rows to add ({plan.rows_found} are there), on {plan.device}",
+        "",
+        table(rows),
+        "",
+        f"{'fits' if plan.fits else 'DOES NOT FIT'}: {megabytes(plan.free_bytes)}{files} are free; "
+        f"the disk writes {megabytes(plan.write_bytes_per_s)}/s",
+        f"all of it takes about {duration(plan.seconds)}, loading the models and a first look included",
+        "",
+        table(_check_rows(plan.check)),
+        f"picture: {plan.picture}",
+        *plan.check.warnings,
+        *plan.check.notes,
+    ]
+    return "\n".join(
+        lines + _remarks({**vars(plan), "changed": {}, "in_train_and_val": ()}, _SKIPPED_SHOWN)
+    )
+
+
+def _check_rows(found: Check) -> list[Sequence[str]]:
+    rows: list[Sequence[str]] = [
+        (f"on {found.photos} photos, given", "teacher mIoU", "detector explains")
+    ]
+    rows += [(name, f"{score:.3f}", "") for name, score in found.teacher.items()]
+    rows += [(name, "", f"{score:.3f}") for name, score in found.detector.items()]
+    return rows
 
 
 def info_text(info: Mapping[str, Any]) -> str:

@@ -23,3 +23,12 @@ def megabytes(size_bytes: float) -> str:
         if size_bytes >= scale:
             return f"{size_bytes / scale:.2f} {unit}"
     return f"{size_bytes / 1e3:.1f} kB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours, to two or three digits."""
+    if seconds < 100:
+        return f"{seconds:.3g} s"
+    if seconds < 100 * 60:
+        return f"{seconds / 60:.3g} min"
+    return f"{seconds / 3600:.3g} h"

@@ -26,7 +26,6 @@ from kdcache.imaging import IGNORE, PADDING, PERSON, U8, imagenet_normalised
 from kdcache.precompute.sources import Prepared
 from kdcache.precompute.teacher import Teacher
 from kdcache.precompute.yolo import Yolo
-from kdcache.tables import table
 
 log = logging.getLogger(__name__)
 F32 = NDArray[np.float32]
@@ -66,6 +65,11 @@ class Check:
     detector: Mapping[str, float]  # share of the mask's variance that the features explain
     warnings: Sequence[str]
     notes: Sequence[str]  # what scores better too, but may do so by chance
+
+
+def photos_to_look_at(images: int) -> int:
+    """How many photos of a dataset an extraction looks at first: a hundredth of the work, 2 to 8."""
+    return min(8, max(2, images // 100))
 
 
 class Seen(NamedTuple):
@@ -130,14 +134,6 @@ def check(seen: Sequence[Seen], yolo: Yolo, teacher: Teacher, picture: Path) -> 
         warnings=warnings,
         notes=[text for likely, text in found if text and not likely],
     )
-
-
-def check_text(found: Check) -> str:
-    """The scores as a table."""
-    rows = [(f"on {found.photos} photos, given", "teacher mIoU", "detector explains")]
-    rows += [(name, f"{score:.3f}", "") for name, score in found.teacher.items()]
-    rows += [(name, "", f"{score:.3f}") for name, score in found.detector.items()]
-    return table(rows)
 
 
 def _other_teacher_input(scores: Mapping[str, F64]) -> tuple[bool, str]:

@@ -28,7 +28,7 @@ from kdcache.errors import (
     SampleError,
     device_memory,
 )
-from kdcache.precompute.check import check, look
+from kdcache.precompute.check import check, look, photos_to_look_at
 from kdcache.precompute.dataset import Dataset
 from kdcache.precompute.job import Job, gone, open_job, row_arrays
 from kdcache.precompute.need import Need, stored_bytes
@@ -44,9 +44,6 @@ log = logging.getLogger(__name__)
 
 # On the CPU one image a call is as fast as many and needs the least memory; a GPU wants a batch.
 DEFAULT_BATCH = {"cpu": 1, "cuda": 8, "tensorrt": 8}
-
-# Photos that both models are looked at on before the first shard: a hundredth of the work, 2 to 8.
-_LOOKED_AT, _ONE_IN = 8, 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,8 +90,8 @@ def extract(
     tally = Tally(strict)
     job = open_job(config, dataset, out, split=split, device=device, limit=limit, tally=tally)
     prepared = prepare(job.todo, config.size, config.resize, workers, tally)
-    looked_at = min(_LOOKED_AT, max(2, len(job.todo) // _ONE_IN))
-    first = list(itertools.islice(prepared, 0 if job.known else looked_at))
+    looked_at = 0 if job.known else photos_to_look_at(len(job.todo))
+    first = list(itertools.islice(prepared, looked_at))
     if not first and not job.known:
         reasons = "; ".join(
             f"{name}: {why}" for name, why in itertools.islice(tally.skipped.items(), 3)
@@ -155,8 +152,12 @@ def _look(first: Sequence[Prepared], job: Job, out: Path) -> None:
         log.warning("%s", text)
     for text in found.notes:
         log.info("%s", text)
-    sizes = [stored_bytes(row_arrays(*one, job.manifest), job.manifest) for one in seen]
-    Need.of(job.manifest, sizes, len(job.todo)).refuse_if_too_much(out)
+    manifest = job.manifest
+    sizes = [
+        stored_bytes(row_arrays(*one, manifest), manifest.arrays(), manifest.compression)
+        for one in seen
+    ]
+    Need.of(manifest, sum(sizes) / len(sizes), len(job.todo)).refuse_if_too_much(out)
 
 
 def run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from kdcache.cache import codecs
 from kdcache.cache.format import RowKey, describe_row
 from kdcache.cache.layout import IMAGE, LOGITS, MASK, ROWS, Manifest, TapSpec
 from kdcache.cache.reader import Cache
-from kdcache.config import ExtractConfig
+from kdcache.config import ExtractConfig, Precision
 from kdcache.errors import CacheError, ConfigError
 from kdcache.imaging import INTERPOLATION
 from kdcache.precompute.coco import PERSON_CATEGORY
@@ -25,6 +26,8 @@ from kdcache.precompute.onnx_session import Device, resolve_device
 from kdcache.precompute.sources import Digests, Prepared, Tally
 from kdcache.precompute.teacher import Teacher
 from kdcache.precompute.yolo import Yolo
+
+_LOGITS_DTYPE = {"float32": "float32"}  # float16 with any other precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,10 +174,19 @@ def _manifest(config: ExtractConfig, yolo: Yolo, teacher: Teacher, device: str) 
         size_px=config.size,
         shard_rows=config.shard_rows,
         compression=config.compression,
-        logits_dtype="float32" if config.precision == "float32" else "float16",
+        logits_dtype=_LOGITS_DTYPE.get(config.precision, "float16"),
         taps=(tap,),
         fingerprint=fingerprint,
         versions={name: version(name) for name in libraries},
+    )
+
+
+def stored_as(manifest: Manifest, precision: Precision) -> Manifest:
+    """The same rows at another precision."""
+    return dataclasses.replace(
+        manifest,
+        logits_dtype=_LOGITS_DTYPE.get(precision, "float16"),
+        taps=tuple(dataclasses.replace(tap, precision=precision) for tap in manifest.taps),
     )
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.cache.layout import Manifest
+from kdcache.cache.layout import ArraySpec, Manifest
 from kdcache.cache.shard import encode_chunk, index_bytes
+from kdcache.config import Compression
 from kdcache.errors import CacheError
 from kdcache.tables import megabytes
 
@@ -20,13 +21,14 @@ from kdcache.tables import megabytes
 _MARGIN = 1.05
 
 
-def stored_bytes(arrays: Mapping[str, NDArray[np.generic]], manifest: Manifest) -> dict[str, int]:
-    """Bytes that one row's arrays take on disk, by array."""
-    sizes = {}
-    for spec in manifest.arrays():
-        chunk, _ = encode_chunk(spec.transform.forward(arrays[spec.path]), manifest.compression)
-        sizes[spec.path] = len(chunk)
-    return sizes
+def stored_bytes(
+    arrays: Mapping[str, NDArray[np.generic]], specs: Sequence[ArraySpec], compression: Compression
+) -> int:
+    """Bytes that these arrays of one row take on disk."""
+    return sum(
+        len(encode_chunk(spec.transform.forward(arrays[spec.path]), compression)[0])
+        for spec in specs
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,16 +40,15 @@ class Need:
     files: int
 
     @classmethod
-    def of(cls, manifest: Manifest, looked_at: Sequence[Mapping[str, int]], rows: int) -> Need:
-        """Of so many rows like those looked at (bytes by array of each)."""
-        per_row = sum(sum(sizes.values()) for sizes in looked_at) / len(looked_at)
+    def of(cls, manifest: Manifest, bytes_per_row: float, rows: int) -> Need:
+        """Of so many rows of that size."""
         shards, arrays = -(-rows // manifest.shard_rows), len(manifest.arrays())
         indexes = shards * arrays * index_bytes(manifest.shard_rows)
         return cls(
             rows=rows,
-            size_bytes=round(rows * per_row + indexes),
+            size_bytes=round(rows * bytes_per_row + indexes),
             # a commit record is a folder and a file, as every array is
-            files=shards * (arrays + 2) + 2 * arrays + 8,
+            files=shards * (arrays + 2) + 2 * arrays + 12,
         )
 
     def refuse_if_too_much(self, out: Path) -> None:

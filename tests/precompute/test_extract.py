@@ -25,6 +25,8 @@ from kdcache.precompute.dataset import folder_dataset, split_of
 from kdcache.precompute.teacher import Teacher
 from kdcache.precompute.yolo import Yolo
 
+LOOKED_AT = 2  # photos that both models run on before the first row
+
 
 def test_float32_cache_holds_exactly_what_the_models_give(standins, tmp_path):
     standins.extract(tmp_path / "c", precision="float32", limit=4)
@@ -79,7 +81,7 @@ def test_interrupt_keeps_every_finished_row(standins, cache, tmp_path, monkeypat
     logits = Teacher.logits
 
     def interrupted(self, images):
-        if next(calls) == 5:
+        if next(calls) == LOOKED_AT + 5:
             raise KeyboardInterrupt
         return logits(self, images)
 
@@ -169,7 +171,7 @@ def test_row_whose_features_cannot_be_stored_is_skipped(standins, tmp_path, monk
     encode, calls = engine.codecs.encode, iter(range(99))
 
     def refuse_one(feature, tap):
-        if next(calls) == 3:  # the first is the detector's own trial
+        if next(calls) == 1 + LOOKED_AT + 2:  # the first is the detector's own trial
             raise SampleError("feature channel 7 is not finite")
         return encode(feature, tap)
 
