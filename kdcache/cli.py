@@ -105,6 +105,8 @@ def _inputs(
     coco: Path | None,
     unlabelled: bool,
     all_images: bool,
+    logits_only: bool,
+    features_only: bool,
     config: str | None,
     assignments: tuple[str, ...],
     **options: Any,
@@ -114,7 +116,11 @@ def _inputs(
 
     if sum((masks is not None, coco is not None, unlabelled)) != 1:
         raise click.UsageError("give --masks DIR, --coco FILE or --unlabelled, one of them")
+    if logits_only and features_only:
+        raise click.UsageError("--logits-only and --features-only leave nothing to store")
     flags = {name: options.pop(name) for name in ExtractConfig.model_fields if name in options}
+    if logits_only or features_only:
+        flags["store"] = "logits" if logits_only else "features"
     settings = load(ExtractConfig, config, assignments, flags)
     from kdcache.precompute import dataset
 

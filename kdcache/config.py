@@ -81,6 +81,9 @@ class ExtractConfig(_Settings):
     )
     size: int = Field(640, gt=0, le=8192, description="side of the square model input, px")
     resize: ResizeMode = Field("stretch", description="how an image of another shape is fitted")
+    store: Literal["both", "logits", "features"] = Field(
+        "both", description="what the cache is to hold: only the models of that are run"
+    )
     category: str = Field("person", description="the COCO category that is segmented")
     precision: Precision = Field("int8", description="how features are stored")
     compression: Compression = Field("zstd", description="how all arrays are compressed")

@@ -62,6 +62,8 @@ def input_options(command: Command) -> Command:
         option(
             "--out", type=path, required=True, help="Cache to write, or to resume or append to."
         ),
+        option("--logits-only", is_flag=True, help="Only the teacher: no --yolo, no features."),
+        option("--features-only", is_flag=True, help="Only the detector: no --teacher, no logits."),
         option(
             "--tap",
             "yolo_target_layer",

@@ -162,17 +162,16 @@ class Manifest:
     size_px: int
     shard_rows: int
     compression: Compression
-    logits_dtype: str
+    logits_dtype: str | None  # None: the cache holds no teacher logits
     taps: tuple[TapSpec, ...]
     fingerprint: Mapping[str, str]
     versions: Mapping[str, str]
 
     def arrays(self) -> list[ArraySpec]:
-        size, logits = self.size_px, self.logits_dtype
+        size = self.size_px
         # Undoing a prediction takes longer than zstd itself; lz4 and none are there to be read fast.
         predicted = self.compression == "zstd"
         image_form = Form("uint8", (size, size, 3), ("y", "x", "rgb"))
-        logits_form = Form(logits, (size, size), ("y", "x"))
         return [
             ArraySpec(
                 path=IMAGE,
@@ -181,12 +180,7 @@ class Manifest:
                 transform=RgbGradient() if predicted else Plain(),
             ),
             ArraySpec(path=MASK, row=Form("uint8", (size, size), ("y", "x")), fill_value=255),
-            ArraySpec(
-                path=LOGITS,
-                row=logits_form,
-                fill_value=_UNUSED_BYTE_PLANE if predicted else np.nan,
-                transform=FloatGradient() if predicted else Plain(),
-            ),
+            *self._logits(predicted),
             ArraySpec(
                 path=ROWS,
                 row=Form("uint8", (ROW_DESCRIPTION_BYTES,), ("utf8_json",)),
@@ -194,6 +188,14 @@ class Manifest:
             ),
             *(spec for tap in self.taps for spec in tap.arrays(self.compression)),
         ]
+
+    def _logits(self, predicted: bool) -> list[ArraySpec]:
+        if self.logits_dtype is None:
+            return []
+        form = Form(self.logits_dtype, (self.size_px, self.size_px), ("y", "x"))
+        transform = FloatGradient() if predicted else Plain()
+        fill = _UNUSED_BYTE_PLANE if predicted else np.nan
+        return [ArraySpec(path=LOGITS, row=form, fill_value=fill, transform=transform)]
 
     def as_json(self) -> dict[str, Any]:
         return {

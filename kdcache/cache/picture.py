@@ -26,12 +26,13 @@ def save_rows(path: Path, cache: Cache, count: int = 6) -> None:
     if not len(cache):
         raise CacheError(f"{cache.path} has no rows to draw yet")
     rows = np.unique(np.linspace(0, len(cache) - 1, count).astype(int)).tolist()
-    columns = [_photos(cache, rows), _masks(cache, rows), _teacher(cache, rows)]
+    columns = [_photos(cache, rows), _masks(cache, rows)]
+    columns += [_teacher(cache, rows)] if cache.has_logits else []
     columns += [_principal_colours(cache, rows, tap) for tap in cache.manifest.taps]
     captions = [
         f"row {index}: {cache.keys[index].split} {cache[index].sample_id}" for index in rows
     ]
-    titles = ["photo", "mask (yellow: not labelled)", "teacher"]
+    titles = ["photo", "mask (yellow: not labelled)", *(["teacher"] * cache.has_logits)]
     titles += [f"{tap.name} (PCA)" for tap in cache.manifest.taps]
     save(path, sheet(titles, list(zip(*columns, strict=True)), captions), "PNG")
 

@@ -81,6 +81,11 @@ class Cache:
         return [tap.name for tap in self.manifest.taps]
 
     @property
+    def has_logits(self) -> bool:
+        """Whether there are teacher logits; a cache may be made of the detector alone."""
+        return self.manifest.logits_dtype is not None
+
+    @property
     def samples(self) -> list[str]:
         """Sample ids, each once, in row order."""
         return list(dict.fromkeys(key.sample_id for key in self.keys))
@@ -154,7 +159,9 @@ class Row:
 
     @cached_property
     def teacher_logits(self) -> NDArray[np.generic]:
-        """(H, W) float16, or float32 in a cache of precision float32."""
+        """(H, W) float16, or float32 in a cache of precision float32; CacheError without any."""
+        if not self._cache.has_logits:
+            raise CacheError(f"{self._cache.path} was made without a teacher: it has no logits")
         return self._cache.read(self._index, LOGITS)
 
     @cached_property

@@ -76,48 +76,34 @@ class Seen(NamedTuple):
     """A photo and what both models, as they are used, make of it."""
 
     row: Prepared
-    feature: codecs.Array  # (C, h, w), where it was computed
-    logits: F32  # (H, W)
+    feature: codecs.Array | None  # (C, h, w), where it was computed; None without a detector
+    logits: F32 | None  # (H, W); None without a teacher
 
 
-def look(rows: Sequence[Prepared], yolo: Yolo, teacher: Teacher) -> list[Seen]:
-    """Run both models on a few photos, one by one."""
+def look(rows: Sequence[Prepared], yolo: Yolo | None, teacher: Teacher | None) -> list[Seen]:
+    """Run the models there are on a few photos, one by one."""
     return [
-        Seen(row, yolo.features(row.image[None])[0], teacher.logits(row.image[None])[0])
+        Seen(
+            row,
+            None if yolo is None else yolo.features(row.image[None])[0],
+            None if teacher is None else teacher.logits(row.image[None])[0],
+        )
         for row in rows
     ]
 
 
-def check(seen: Sequence[Seen], yolo: Yolo, teacher: Teacher, picture: Path) -> Check:
+def check(seen: Sequence[Seen], yolo: Yolo | None, teacher: Teacher | None, picture: Path) -> Check:
     """Score both models, draw the teacher on the photos, and warn of what looks wrong.
 
     Raises ModelError when the teacher gives probabilities.
     """
-    rows, logits = [one.row for one in seen], [one.logits for one in seen]
-    if all(z.min() >= 0 and z.max() <= 1 for z in logits):
-        low, high = min(z.min() for z in logits), max(z.max() for z in logits)
-        raise ModelError(
-            f"the teacher's output lies in {low:.3g} to {high:.3g} on all of {len(rows)} photos: these "
-            "are probabilities, distillation needs the logits before the sigmoid: export it without"
-        )
-    _draw(rows, logits, picture)
-    labelled = [n for n, row in enumerate(rows) if (row.mask == PERSON).any()]
-    scores: dict[str, F64] = {}
-    if labelled:
-        scores = {
-            name: np.array([
-                _miou(logits[n] if name == TEACHER_GETS else _logits(teacher, rows[n], form), rows[n])
-                for n in labelled
-            ])
-            for name, form in TEACHER_INPUTS.items()
-        }  # fmt: skip
-    # without masks the teacher's own stand in: an image's people are where they are
-    people = [
-        row.mask if n in labelled else np.where(logits[n] > 0, PERSON, 0)
-        for n, row in enumerate(rows)
+    _draw(seen, picture)
+    scores = {} if teacher is None else _teacher_scores(seen, teacher)
+    explained = {} if yolo is None else _explained(seen, yolo)
+    found = [
+        _other_teacher_input(scores),
+        _other_detector_input(explained, yolo.expects if yolo else ""),
     ]
-    explained = _explained(seen, people, yolo)
-    found = [_other_teacher_input(scores), _other_detector_input(explained, yolo.expects)]
     warnings = [text for likely, text in found if text and likely]
     own = float(scores[TEACHER_GETS].mean()) if scores else None
     if own is not None and own < _LOW_MIOU:
@@ -127,7 +113,7 @@ def check(seen: Sequence[Seen], yolo: Yolo, teacher: Teacher, picture: Path) -> 
             "task, and are these its images?",
         )
     return Check(
-        photos=len(rows),
+        photos=len(seen),
         teacher_miou=own,
         teacher={name: float(values.mean()) for name, values in scores.items()},
         detector={name: float(values.mean()) for name, values in explained.items()},
@@ -174,15 +160,32 @@ def _better(scores: Mapping[str, F64], own: str) -> tuple[str, bool, str]:
     return name, True, "clearly better" if difference.mean() > _SURE * error else "a little better"
 
 
-def _logits(teacher: Teacher, row: Prepared, form: Callable[[U8], F32]) -> F32:
-    (logits_HW,) = teacher.run(form(row.image[None]))
-    return np.asarray(logits_HW)
+def _teacher_scores(seen: Sequence[Seen], teacher: Teacher) -> dict[str, F64]:
+    """By the form of the pixels: the mIoU on each photo with a labelled person."""
+    logits = [one.logits for one in seen if one.logits is not None]
+    low, high = min(z.min() for z in logits), max(z.max() for z in logits)
+    if low >= 0 and high <= 1:
+        raise ModelError(
+            f"the teacher's output lies in {low:.3g} to {high:.3g} on all of {len(seen)} photos: these "
+            "are probabilities, distillation needs the logits before the sigmoid: export it without"
+        )
+    scores = {}
+    labelled = [one for one in seen if (one.row.mask == PERSON).any()]
+    for name, form in TEACHER_INPUTS.items() if labelled else ():
+        scores[name] = np.array([
+            _miou(one.logits if name == TEACHER_GETS else teacher.run(form(one.row.image[None]))[0],
+                  one.row.mask)
+            for one in labelled
+        ])  # fmt: skip
+    return scores
 
 
-def _miou(logits_HW: F32, row: Prepared) -> float:
+def _miou(logits_HW: F32 | None, mask: U8) -> float:
     """(IoU_person + IoU_background) / 2 of logit > 0, over labelled pixels."""
-    valid = (row.mask != IGNORE) & (row.mask != PADDING)
-    ours, theirs = (logits_HW > 0)[valid], (row.mask == PERSON)[valid]
+    if logits_HW is None:
+        return 0.0
+    valid = (mask != IGNORE) & (mask != PADDING)
+    ours, theirs = (logits_HW > 0)[valid], (mask == PERSON)[valid]
     return (_iou(ours, theirs) + _iou(~ours, ~theirs)) / 2
 
 
@@ -191,12 +194,11 @@ def _iou(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> float:
     return np.count_nonzero(a & b) / union if union else 1.0
 
 
-def _explained(
-    seen: Sequence[Seen], people: Sequence[NDArray[np.generic]], yolo: Yolo
-) -> dict[str, F64]:
+def _explained(seen: Sequence[Seen], yolo: Yolo) -> dict[str, F64]:
     """By the form of the pixels, for each photo: 1 − error / variance of the share of person in
     each grid cell, told from the cell's features by a linear map fitted on the other photos."""
-    if len(seen) < 2 or not any((mask == PERSON).any() for mask in people):
+    people = [_people(one) for one in seen]
+    if len(seen) < 2 or not any(mask.any() for mask in people):
         return {}
     _, height, _ = yolo.feature_shape
     step = max(1, height // _PROBED_SIDE)
@@ -205,8 +207,10 @@ def _explained(
     for form in YOLO_INPUTS:
         features = []
         for row, feature, _ in seen:
-            as_used = form == yolo.expects
-            found_CHW = feature if as_used else yolo.features(row.image[None], form)[0]
+            if form != yolo.expects or feature is None:
+                found_CHW: codecs.Array = yolo.features(row.image[None], form)[0]
+            else:
+                found_CHW = feature
             on_host = codecs.on_host(found_CHW)[:, ::step, ::step]
             features.append(on_host.reshape(len(on_host), -1).T.astype(np.float64))
         found[form] = _told_by_others(np.stack(features), targets)
@@ -234,19 +238,24 @@ def _told_by_others(features_NPC: F64, targets_NP: F64) -> F64:
     return clipped
 
 
-def _share_of_person(mask: NDArray[np.generic], side: int) -> F64:
-    cell = len(mask) // side
-    person = (mask == PERSON).astype(np.float64)
-    share: F64 = person.reshape(side, cell, side, cell).mean((1, 3))
+def _people(one: Seen) -> NDArray[np.bool_]:
+    """Where people are, by the mask; by the teacher where nobody is labelled: a place is a place."""
+    labelled = one.row.mask == PERSON
+    return labelled if labelled.any() or one.logits is None else one.logits > 0
+
+
+def _share_of_person(people: NDArray[np.bool_], side: int) -> F64:
+    cell = len(people) // side
+    share: F64 = people.astype(np.float64).reshape(side, cell, side, cell).mean((1, 3))
     return share
 
 
-def _draw(rows: Sequence[Prepared], logits: Sequence[F32], picture: Path) -> None:
+def _draw(seen: Sequence[Seen], picture: Path) -> None:
     """Photo, mask and the teacher's person of each row."""
-    cells = [
-        [row.image, masked(row.image, row.mask), lit(row.image, z > 0)]
-        for row, z in zip(rows, logits, strict=True)
-    ]
-    captions = [f"{row.key.split}: {row.key.sample_id}" for row in rows]
-    titles = ["photo", "mask (yellow: not labelled)", "teacher"]
+    cells, captions = [], []
+    for row, _, logits in seen:
+        cells.append([row.image, masked(row.image, row.mask)])
+        cells[-1] += [] if logits is None else [lit(row.image, logits > 0)]
+        captions.append(f"{row.key.split}: {row.key.sample_id}")
+    titles = ["photo", "mask (yellow: not labelled)", "teacher"][: len(cells[0])]
     save(picture, sheet(titles, cells, captions), "PNG")

@@ -162,8 +162,8 @@ def _look(first: Sequence[Prepared], job: Job, out: Path) -> None:
 
 def run(
     rows: Iterable[Prepared],
-    yolo: Yolo,
-    teacher: Teacher,
+    yolo: Yolo | None,
+    teacher: Teacher | None,
     writer: CacheWriter,
     batch_size: int,
     tally: Tally,
@@ -183,7 +183,8 @@ def run(
                 images = np.stack([row.image for row in batch])
                 padding = np.repeat(images[-1:], batch_size - len(batch), axis=0)
                 images = np.concatenate([images, padding])
-            features, logits = yolo.features(images), teacher.logits(images)
+            features = [None] * batch_size if yolo is None else yolo.features(images)
+            logits = [None] * batch_size if teacher is None else teacher.logits(images)
             for row, feature_CHW, logits_HW in zip(batch, features, logits, strict=False):
                 write = pool.submit(_write, writer, row, feature_CHW, logits_HW)
                 writing.append((row, write))
@@ -205,8 +206,8 @@ def _batched(rows: Iterable[Prepared], size: int) -> Iterator[list[Prepared]]:
 def _write(
     writer: CacheWriter,
     row: Prepared,
-    feature_CHW: codecs.Array,
-    logits_HW: codecs.F32,
+    feature_CHW: codecs.Array | None,
+    logits_HW: codecs.F32 | None,
 ) -> None:
     writer.append(row.key, row_arrays(row, feature_CHW, logits_HW, writer.manifest))
 

@@ -38,8 +38,8 @@ class Job:
     planned: Sequence[tuple[RowKey, Sample]]
     known: Mapping[RowKey, Digests]  # rows that the cache has
     todo: Sequence[tuple[RowKey, Sample]]
-    yolo: Yolo
-    teacher: Teacher
+    yolo: Yolo | None  # None: the cache is to hold no features
+    teacher: Teacher | None  # None: … no logits
     manifest: Manifest
 
 
@@ -127,39 +127,36 @@ def gone(planned: Sequence[tuple[RowKey, Sample]], known: Mapping[RowKey, Digest
     return [key.sample_id for key in known if key.split in splits and key not in here]
 
 
-def _load_models(config: ExtractConfig, device: str) -> tuple[Yolo, Teacher]:
-    if config.yolo_onnx_path is None or config.teacher_checkpoint is None:
-        raise ConfigError("both frozen models are needed: --yolo FILE.onnx and --teacher FILE")
-    yolo = Yolo(
-        config.yolo_onnx_path,
-        tap=config.yolo_target_layer,
-        expects=config.yolo_input,
-        device=device,
-        size_px=config.size,
-    )
-    teacher = Teacher(
-        config.teacher_checkpoint,
-        encoder=config.teacher_encoder,
-        output=config.teacher_output,
-        device=device,
-        size_px=config.size,
-    )
+def _load_models(config: ExtractConfig, device: str) -> tuple[Yolo | None, Teacher | None]:
+    """The models that the settings want to be run; raises ConfigError when one was not given."""
+    yolo = teacher = None
+    if config.store != "logits":
+        if config.yolo_onnx_path is None:
+            raise ConfigError("the detector is needed: --yolo FILE.onnx (or --logits-only)")
+        yolo = Yolo(
+            config.yolo_onnx_path,
+            tap=config.yolo_target_layer,
+            expects=config.yolo_input,
+            device=device,
+            size_px=config.size,
+        )
+    if config.store != "features":
+        if config.teacher_checkpoint is None:
+            raise ConfigError("the teacher is needed: --teacher FILE (or --features-only)")
+        teacher = Teacher(
+            config.teacher_checkpoint,
+            encoder=config.teacher_encoder,
+            output=config.teacher_output,
+            device=device,
+            size_px=config.size,
+        )
     return yolo, teacher
 
 
-def _manifest(config: ExtractConfig, yolo: Yolo, teacher: Teacher, device: str) -> Manifest:
-    tap = TapSpec(
-        name=config.yolo_target_layer,
-        precision=config.precision,
-        shape=yolo.feature_shape,
-        groups=yolo.groups,
-    )
+def _manifest(
+    config: ExtractConfig, yolo: Yolo | None, teacher: Teacher | None, device: str
+) -> Manifest:
     fingerprint = {
-        "yolo_sha256": yolo.sha256,
-        "yolo_target_layer": config.yolo_target_layer,
-        "yolo_input": config.yolo_input,
-        "teacher_sha256": teacher.sha256,
-        "teacher_network": teacher.network,
         "size": str(config.size),
         "resize": config.resize,
         "interpolation": INTERPOLATION,
@@ -167,6 +164,22 @@ def _manifest(config: ExtractConfig, yolo: Yolo, teacher: Teacher, device: str) 
         "views": "resized only",
         "execution_provider": f"{device} float32",
     }
+    taps: tuple[TapSpec, ...] = ()
+    if yolo is not None:
+        fingerprint |= {
+            "yolo_sha256": yolo.sha256,
+            "yolo_target_layer": config.yolo_target_layer,
+            "yolo_input": config.yolo_input,
+        }
+        tap = TapSpec(
+            name=config.yolo_target_layer,
+            precision=config.precision,
+            shape=yolo.feature_shape,
+            groups=yolo.groups,
+        )
+        taps = (tap,)
+    if teacher is not None:
+        fingerprint |= {"teacher_sha256": teacher.sha256, "teacher_network": teacher.network}
     if config.category != PERSON_CATEGORY:
         fingerprint["category"] = config.category
     libraries = ("kdcache", "numpy", "opencv-python-headless", "pillow", "torch", "onnx")
@@ -174,8 +187,8 @@ def _manifest(config: ExtractConfig, yolo: Yolo, teacher: Teacher, device: str) 
         size_px=config.size,
         shard_rows=config.shard_rows,
         compression=config.compression,
-        logits_dtype=_LOGITS_DTYPE.get(config.precision, "float16"),
-        taps=(tap,),
+        logits_dtype=None if teacher is None else _LOGITS_DTYPE.get(config.precision, "float16"),
+        taps=taps,
         fingerprint=fingerprint,
         versions={name: version(name) for name in libraries},
     )
@@ -183,24 +196,30 @@ def _manifest(config: ExtractConfig, yolo: Yolo, teacher: Teacher, device: str) 
 
 def stored_as(manifest: Manifest, precision: Precision) -> Manifest:
     """The same rows at another precision."""
+    dtype = _LOGITS_DTYPE.get(precision, "float16")
     return dataclasses.replace(
         manifest,
-        logits_dtype=_LOGITS_DTYPE.get(precision, "float16"),
+        logits_dtype=None if manifest.logits_dtype is None else dtype,
         taps=tuple(dataclasses.replace(tap, precision=precision) for tap in manifest.taps),
     )
 
 
 def row_arrays(
-    row: Prepared, feature_CHW: codecs.Array, logits_HW: codecs.F32, manifest: Manifest
+    row: Prepared,
+    feature_CHW: codecs.Array | None,
+    logits_HW: codecs.F32 | None,
+    manifest: Manifest,
 ) -> dict[str, NDArray[np.generic]]:
-    """What the cache holds of a row, by array."""
-    (tap,) = manifest.taps
-    # on a GPU the features become codes there; the codes come to the host
-    encoded = codecs.encode(feature_CHW, tap)
-    return {
+    """What the cache holds of a row, by array; None of a model that is not run."""
+    arrays: dict[str, NDArray[np.generic]] = {
         IMAGE: row.image,
         MASK: row.mask,
-        LOGITS: codecs.teacher_logits(logits_HW, manifest.logits_dtype),
         ROWS: describe_row(row.key, row.details),
-        **{f"{tap.folder}/{name}": codecs.on_host(array) for name, array in encoded.items()},
     }
+    if manifest.logits_dtype is not None and logits_HW is not None:
+        arrays[LOGITS] = codecs.teacher_logits(logits_HW, manifest.logits_dtype)
+    for tap in manifest.taps if feature_CHW is not None else ():
+        # on a GPU the features become codes there; the codes come to the host
+        encoded = codecs.encode(feature_CHW, tap)
+        arrays |= {f"{tap.folder}/{name}": codecs.on_host(a) for name, a in encoded.items()}
+    return arrays

@@ -69,6 +69,8 @@ def _refuse_other_models(fingerprint: Mapping[str, str], files: Mapping[str, Pat
     for field, path in files.items():
         if path is None:
             continue
+        if field not in fingerprint:
+            raise FingerprintError(f"{path}: the cache was made without such a model")
         now = model_sha256(path)
         if now != fingerprint.get(field):
             raise FingerprintError(

@@ -22,7 +22,7 @@ def advice(history: Sequence[Mapping[str, Any]], config: TrainConfig) -> list[st
 
 def _signs(history: Sequence[Mapping[str, Any]], config: TrainConfig) -> dict[str, str]:
     last, found = history[-1], {}
-    if last["train_kl"] > LARGE_KL:
+    if last.get("train_kl", 0) > LARGE_KL:
         found["kl"] = (
             f"KL is {last['train_kl']:.3g}, far above the 0.1 to 1 to expect: is the teacher right "
             "for these images (val_teacher_miou)? A higher temperature softens it, kl_scale = 1 "

@@ -45,7 +45,7 @@ def score(
     """Metrics and losses of a student over rows: means over images, so the batch size is irrelevant.
 
     `tap` is what the projection aims at. A value that the rows cannot give (no person, no label,
-    no projection) is None.
+    no teacher, no projection) is None.
     """
     student.eval()
     if projection is not None:
@@ -59,11 +59,13 @@ def score(
         logits = output.logits.float()
         projected = None if projection is None else projection(output.feature)
         for n in range(len(batch.keys)):
-            ours, theirs, mask = logits[n], batch.logits[n], batch.mask[n]
+            ours, mask = logits[n], batch.mask[n]
+            theirs = None if batch.logits is None else batch.logits[n]
             of_student.add(ours[0], mask[0])
-            of_teacher.add(theirs[0], mask[0])
-            same, seen = agreement(ours, theirs, mask)
-            equal, pixels = equal + same, pixels + seen
+            if theirs is not None:
+                of_teacher.add(theirs[0], mask[0])
+                same, seen = agreement(ours, theirs, mask)
+                equal, pixels = equal + same, pixels + seen
             for name, value in _losses(ours, theirs, mask, config, temperature).items():
                 values[name].append(value)
             if projection is not None and projected is not None and tap is not None:
@@ -111,13 +113,15 @@ def evaluate(run: Path, cache: Cache, split: str = "val", device: str = "auto") 
 
 
 def _losses(
-    student: Tensor, teacher: Tensor, mask: Tensor, config: TrainConfig, temperature: float
+    student: Tensor, teacher: Tensor | None, mask: Tensor, config: TrainConfig, temperature: float
 ) -> dict[str, float]:
-    """The output losses of one image, (1, H, W) each; BCE and Dice only where it has labels."""
-    values = {
-        "kl": losses.kl(student, teacher, mask, temperature=temperature, scale=config.kl_scale),
-        "mse": losses.mse(student, teacher, mask),
-    }
+    """The output losses of one image, (1, H, W) each, as far as there are teacher and labels."""
+    values = {}
+    if teacher is not None:
+        values = {
+            "kl": losses.kl(student, teacher, mask, temperature=temperature, scale=config.kl_scale),
+            "mse": losses.mse(student, teacher, mask),
+        }
     if losses.labelled(mask).any():
         values |= {"bce": losses.bce(student, mask), "dice": losses.dice(student, mask)}
     return {name: float(value) for name, value in values.items()}

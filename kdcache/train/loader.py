@@ -27,7 +27,7 @@ class Batch:
 
     image: Tensor  # (N, 3, H, W) float32, ImageNet-normalised
     mask: Tensor  # (N, 1, H, W) uint8: 0 background, 1 person, 254 padding, 255 ignore
-    logits: Tensor  # (N, 1, H, W) float32, the teacher's
+    logits: Tensor | None  # (N, 1, H, W) float32, the teacher's; None where the cache has none
     features: dict[str, Tensor]  # tap to (N, C, h, w) float32
     keys: list[RowKey]
 
@@ -91,7 +91,8 @@ _Parts = dict[str, NDArray[np.generic]]
 
 
 def _read_row(cache: Cache, row: int, taps: Sequence[str]) -> _Parts:
-    parts = {name: cache.read(row, name) for name in (IMAGE, MASK, LOGITS)}
+    always = (IMAGE, MASK, LOGITS) if cache.has_logits else (IMAGE, MASK)
+    parts = {name: cache.read(row, name) for name in always}
     return parts | {tap: cache.decode_features(row, cache.tap(tap)) for tap in taps}
 
 
@@ -103,11 +104,11 @@ def _collate(
         name: torch.from_numpy(np.stack([part[name] for part in columns])).to(device)
         for name in columns[0]
     }
-    image, mask, logits = (stacked.pop(name) for name in (IMAGE, MASK, LOGITS))
+    image, mask, logits = stacked.pop(IMAGE), stacked.pop(MASK), stacked.pop(LOGITS, None)
     return Batch(
         image=normalised(image),
         mask=mask[:, None],
-        logits=logits[:, None].float(),
+        logits=None if logits is None else logits[:, None].float(),
         features=stacked,
         keys=[cache.keys[row] for row in rows],
     )

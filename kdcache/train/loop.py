@@ -342,7 +342,15 @@ def _check_splits(run: _Run) -> None:
 
 
 def _target(cache: Cache, config: TrainConfig) -> TapSpec | None:
-    """The tap that the projection aims at; without a feature loss no feature byte is read."""
+    """The tap that the projection aims at; without a feature loss no feature byte is read.
+
+    Raises RunError when the cache lacks what a loss is of.
+    """
+    if not cache.has_logits and (config.kl_weight or config.mse_weight):
+        raise RunError(
+            f"{cache.path} holds no teacher logits; train with --set kl_weight=0 --set mse_weight=0, "
+            "or extract them"
+        )
     if config.feature_weight == 0:
         return None
     if not cache.manifest.taps:

@@ -20,6 +20,7 @@ _TITLES = (
     "student",
     "red: student only, blue: teacher only",
 )
+_WITHOUT_TEACHER = (*_TITLES[:2], "student")
 _ROWS = 4
 
 
@@ -38,10 +39,12 @@ def overlay(student: Student, cache: Cache, rows: Sequence[int], device: str) ->
     for index, batch in zip(rows, batches, strict=True):
         row = cache[index]
         image, mask = row.image.astype(np.uint8), row.mask.astype(np.uint8)
-        teacher = batch.logits[0, 0].cpu().numpy() > 0
         predicted = student(batch.image).logits[0, 0].float().cpu().numpy() > 0
-        views = [image, masked(image, mask), lit(image, teacher), lit(image, predicted)]
-        photo = mask != PADDING
-        cells.append([*views, compared(image, predicted & photo, teacher & photo)])
+        views = [image, masked(image, mask), lit(image, predicted)]
+        if batch.logits is not None:
+            teacher, photo = batch.logits[0, 0].cpu().numpy() > 0, mask != PADDING
+            views.insert(2, lit(image, teacher))
+            views.append(compared(image, predicted & photo, teacher & photo))
+        cells.append(views)
         captions.append(f"{row.split}: {row.sample_id}")
-    return sheet(_TITLES, cells, captions)
+    return sheet(_TITLES if cache.has_logits else _WITHOUT_TEACHER, cells, captions)

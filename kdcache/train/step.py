@@ -77,16 +77,17 @@ def all_losses(
     temperature: float,
     per: losses.Counts | None = None,
 ) -> dict[str, Tensor]:
-    """Each loss by the name of its weight: kl, mse, bce, dice and, with a projection, feature."""
-    logits, mask = output.logits, batch.mask
-    values = {
-        "kl": losses.kl(
-            logits, batch.logits, mask, temperature=temperature, scale=config.kl_scale, per=per
-        ),
-        "mse": losses.mse(logits, batch.logits, mask, per),
-        "bce": losses.bce(logits, mask, per),
-        "dice": losses.dice(logits, mask, per),
-    }
+    """Each loss by the name of its weight: bce, dice, with teacher logits kl and mse before them,
+    with a projection feature."""
+    logits, teacher, mask = output.logits, batch.logits, batch.mask
+    values: dict[str, Tensor] = {}
+    if teacher is not None:
+        values["kl"] = losses.kl(
+            logits, teacher, mask, temperature=temperature, scale=config.kl_scale, per=per
+        )
+        values["mse"] = losses.mse(logits, teacher, mask, per)
+    values["bce"] = losses.bce(logits, mask, per)
+    values["dice"] = losses.dice(logits, mask, per)
     if projection is not None:
         (target,) = batch.features.values()
         loss = losses.FEATURE_LOSSES[config.feature_loss]
