@@ -100,7 +100,7 @@ def _with_logging_above_bars(command: Command) -> Command:
 
 
 def _inputs(
-    images: Path,
+    images: Path | None,
     masks: Path | None,
     coco: Path | None,
     unlabelled: bool,
@@ -114,6 +114,8 @@ def _inputs(
     """The input options as arguments of the library's `plan` and `extract`."""
     from kdcache.config import ExtractConfig, load
 
+    if images is None:
+        raise click.UsageError("give --images DIR")
     if sum((masks is not None, coco is not None, unlabelled)) != 1:
         raise click.UsageError("give --masks DIR, --coco FILE or --unlabelled, one of them")
     if logits_only and features_only:
@@ -153,15 +155,24 @@ def demo_command(out: Path, as_json: bool) -> None:
     )
 )
 @input_options
+@option(
+    "--refresh",
+    metavar="teacher|TAP",
+    help="Compute one part of the cache anew, with the --teacher or --yolo given.",
+)
 @option("--strict", is_flag=True, help="Stop at the first image that cannot be used.")
 @config_options
 @json_option
 @_with_logging_above_bars
-def extract(strict: bool, as_json: bool, **inputs: Any) -> None:
+def extract(strict: bool, refresh: str | None, as_json: bool, **inputs: Any) -> None:
     """Run both frozen models over a dataset, once, into a cache.
 
     Run again to resume, or to append new images; exit status 3 when some images were skipped.
+    With --refresh one model runs again over the pixels in the cache; --images is not needed then.
     """
+    if refresh is not None:
+        _refresh(refresh, as_json, **inputs)
+        return
     arguments = _inputs(**inputs)
     from kdcache.precompute import extract as engine
     from kdcache.report import extract_text
@@ -170,6 +181,32 @@ def extract(strict: bool, as_json: bool, **inputs: Any) -> None:
     _print(report, as_json, extract_text)
     if report.skipped or report.changed:
         sys.exit(EXIT_SKIPPED)
+
+
+def _refresh(
+    part: str,
+    as_json: bool,
+    *,
+    out: Path,
+    device: Any,
+    batch_size: int | None,
+    config: str | None,
+    assignments: tuple[str, ...],
+    **given: Any,
+) -> None:
+    from kdcache.config import ExtractConfig, load
+
+    needless = ("images", "masks", "coco", "unlabelled", "all_images", "limit", "val_fraction")
+    if found := [name for name in needless if given[name]]:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in found)
+        raise click.UsageError(f"--refresh takes rows as they are in the cache: without {names}")
+    flags = {name: given[name] for name in ExtractConfig.model_fields if name in given}
+    settings = load(ExtractConfig, config, assignments, flags)
+    from kdcache.precompute.refresh import refresh
+    from kdcache.report import refresh_text
+
+    report = refresh(settings, out, part, device=device, batch_size=batch_size, progress=True)
+    _print(report, as_json, refresh_text)
 
 
 @main.command(

@@ -45,7 +45,7 @@ path = click.Path(path_type=Path)
 def input_options(command: Command) -> Command:
     """What is to be extracted, with which models, into which cache: of `plan` and `extract`."""
     options = [
-        option("--images", type=path, required=True, help="Folder of images."),
+        option("--images", type=path, help="Folder of images; needed."),
         option("--masks", type=path, help="Folder of masks, paired by stem."),
         option("--coco", type=path, help="COCO instances JSON (of persons; --set category=NAME)."),
         option(

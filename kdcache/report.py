@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from kdcache.precompute.check import Check
     from kdcache.precompute.extract import ExtractReport
     from kdcache.precompute.plan import Plan
+    from kdcache.precompute.refresh import RefreshReport
     from kdcache.train.export import ExportReport
     from kdcache.train.loop import TrainReport
 
@@ -66,6 +67,15 @@ def _remarks(found: Mapping[str, Any], shown: int | None = None) -> list[str]:
 
 def _first(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+
+
+def refresh_text(report: RefreshReport) -> str:
+    """What was computed anew."""
+    found = f", {report.rows_found} of them in an earlier run" if report.rows_found else ""
+    return (
+        f"{report.cache}: {report.part} of {report.rows} rows computed anew in "
+        f"{duration(report.seconds)} on {report.device}{found}"
+    )
 
 
 def plan_text(plan: Plan) -> str:

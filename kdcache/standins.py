@@ -58,7 +58,7 @@ def save_detector(path: Path, channels: int = 512, seed: int = 0) -> None:
     _save(path, "detector", nodes, [_tensor("images", ["N", 3, "H", "W"])], outputs, weights)
 
 
-def save_teacher(path: Path) -> None:
+def save_teacher(path: Path, bias: float = TEACHER_BIAS) -> None:
     """Write the stand-in teacher: ImageNet-normalised `input` (N, 3, H, W) → `logits` (N, 1, H, W).
 
     The logit is the mean of w·rgb + b over a 5×5 neighbourhood: exact to check, a little soft
@@ -67,7 +67,7 @@ def save_teacher(path: Path) -> None:
     mean, std = np.asarray(IMAGENET_MEAN), np.asarray(IMAGENET_STD)
     weight = np.asarray(TEACHER_RGB_WEIGHT)
     kernel = (weight * std).astype(np.float32).reshape(1, 3, 1, 1)
-    bias = np.array([TEACHER_BIAS + float(weight @ mean)], np.float32)
+    offset = np.array([bias + float(weight @ mean)], np.float32)
     nodes = [
         helper.make_node("Conv", ["input", "kernel", "bias"], ["sharp"]),
         helper.make_node(
@@ -79,7 +79,7 @@ def save_teacher(path: Path) -> None:
             count_include_pad=0,
         ),
     ]
-    weights = [numpy_helper.from_array(kernel, "kernel"), numpy_helper.from_array(bias, "bias")]
+    weights = [numpy_helper.from_array(kernel, "kernel"), numpy_helper.from_array(offset, "bias")]
     inputs, outputs = _tensor("input", ["N", 3, "H", "W"]), _tensor("logits", ["N", 1, "H", "W"])
     _save(path, "teacher", nodes, [inputs], [outputs], weights)
 

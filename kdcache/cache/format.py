@@ -5,6 +5,7 @@
     CACHE/<array>/zarr.json         one Zarr array a field; axis 0 = physical row
     CACHE/<array>/c.<shard>.0…      one file a shard
     CACHE/commits/<shard>/zarr.json a group without members; attribute `kdcache_commit` = the commit record
+    CACHE/commits.<n>/, CACHE/<array>.<n>/   the same after, or in the middle of, the n-th refresh
     CACHE/skipped/zarr.json         a group without members; attribute `kdcache_skipped`
 
 Everything is a Zarr node, so any Zarr reader lists, opens and explains a cache without kdcache.
@@ -25,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.cache.layout import ROW_DESCRIPTION_BYTES, Manifest
+from kdcache.cache.layout import ROW_DESCRIPTION_BYTES, Manifest, generation_of
 from kdcache.cache.shard import ObjectRecord
 from kdcache.errors import CacheError, SampleError
 
@@ -33,6 +34,7 @@ FORMAT_VERSION = 1
 MANIFEST = "kdcache"
 COMMIT = "kdcache_commit"
 SKIPPED = "kdcache_skipped"
+REFRESH = "kdcache_refresh"
 
 _RESTORE = "restore it from a backup, or extract this cache again"
 
@@ -55,11 +57,22 @@ class Root:
     nodes: Mapping[str, str]  # path of a node to the digest of its document
     array_rows: int  # length of every array's axis 0
     shards: int  # the shards below this number were all committed when a writer last ended well
+    generation: int = 0  # of the commit records: how many refreshes there were
+    replaced: Sequence[
+        str
+    ] = ()  # paths that the last refresh made obsolete, if they still lie there
+
+    @property
+    def commits(self) -> str:
+        """The folder of the commit records."""
+        return generation_of("commits", self.generation)
 
     def document(self) -> bytes:
         """The zarr.json of the root group."""
         record = {"format_version": FORMAT_VERSION, **self.manifest.as_json()}
         record |= {"nodes": self.nodes, "array_rows": self.array_rows, "shards": self.shards}
+        if self.generation:
+            record |= {"generation": self.generation, "replaced": list(self.replaced)}
         return signed_document(MANIFEST, record)
 
 
@@ -118,6 +131,8 @@ def read_root(cache: Path) -> Root:
             nodes=record["nodes"],
             array_rows=record["array_rows"],
             shards=record["shards"],
+            generation=record.get("generation", 0),
+            replaced=record.get("replaced", ()),
         )
     except KeyError as error:
         raise CacheError(
@@ -149,23 +164,23 @@ class Commit:
         return signed_document(COMMIT, self.as_json())
 
 
-def commit_path(cache: Path, shard: int) -> Path:
-    """Where the commit record of a shard lies."""
-    return cache / "commits" / f"{shard:06d}" / "zarr.json"
+def commit_path(cache: Path, commits: str, shard: int) -> Path:
+    """Where the commit record of a shard lies; `commits` is the folder of them."""
+    return cache / commits / f"{shard:06d}" / "zarr.json"
 
 
-def commit_paths(cache: Path) -> list[Path]:
-    """The commit records there are, by shard number."""
-    folder = cache / "commits"
+def commit_paths(cache: Path, commits: str) -> list[Path]:
+    """The commit records there are in a folder of them, by shard number."""
+    folder = cache / commits
     names = sorted(os.listdir(folder)) if folder.is_dir() else []
     paths = (folder / name / "zarr.json" for name in names if re.fullmatch("[0-9]+", name))
     return [path for path in paths if path.is_file()]
 
 
-def read_commits(cache: Path, manifest: Manifest) -> list[Commit]:
+def read_commits(cache: Path, root: Root) -> list[Commit]:
     """All commit records, by shard number; a shard without one does not exist."""
-    digest = manifest_digest(manifest)
-    return [read_commit(path, digest) for path in commit_paths(cache)]
+    digest = manifest_digest(root.manifest)
+    return [read_commit(path, digest) for path in commit_paths(cache, root.commits)]
 
 
 def read_commit(path: Path, manifest: str) -> Commit:
@@ -184,7 +199,7 @@ def read_commit(path: Path, manifest: str) -> Commit:
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise CacheError(f"{path} is no commit record of format version 1 ({error!r})") from error
-    if commit_path(Path(), commit.shard).parent.name != path.parent.name:
+    if f"{commit.shard:06d}" != path.parent.name:
         raise CacheError(f"{path} holds the commit record of shard {commit.shard}")
     if commit.manifest != manifest:
         raise CacheError(
@@ -197,6 +212,32 @@ def read_commit(path: Path, manifest: str) -> Commit:
 def lost_shards(root: Root, shards: Iterable[int]) -> list[int]:
     """Shards that were committed once and have no record now; `shards` are those that have one."""
     return sorted(set(range(root.shards)).difference(shards))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Staged:
+    """What an unfinished refresh has beside the current arrays, in the next folder of commits."""
+
+    manifest: str  # digest of the manifest that it works towards
+    nodes: Mapping[str, str]  # paths of its arrays and groups to their documents' digests
+
+    def document(self) -> bytes:
+        """The zarr.json of the next folder of commit records."""
+        return signed_document(REFRESH, {"manifest": self.manifest, "nodes": self.nodes})
+
+
+def next_commits(root: Root) -> str:
+    """The folder where a refresh puts its commit records."""
+    return generation_of("commits", root.generation + 1)
+
+
+def read_staged(cache: Path, root: Root) -> Staged | None:
+    """The unfinished refresh there is, if there is one."""
+    path = cache / next_commits(root) / "zarr.json"
+    if not path.is_file():
+        return None
+    record = _read_signed(path, REFRESH)
+    return Staged(manifest=record["manifest"], nodes=record["nodes"])
 
 
 def group_document(attributes: Mapping[str, Any]) -> bytes:

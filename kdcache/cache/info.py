@@ -44,7 +44,9 @@ def describe(cache: Cache) -> dict[str, Any]:
         "shards": len(cache.commits),
         "shard_files": sum(len(commit.objects) for commit in cache.commits),
         "bytes": {
-            **{part: stored[part] for part in (IMAGE, MASK, LOGITS)},
+            IMAGE: stored[IMAGE],
+            MASK: stored[MASK],
+            LOGITS: stored[cache.manifest.logits_path],
             "features": features,
             "total": total,
         },

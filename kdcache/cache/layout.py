@@ -87,11 +87,13 @@ class TapSpec:
     precision: Precision
     shape: tuple[int, int, int]  # (C, h, w)
     groups: tuple[Group, ...]
+    generation: int = 0  # how often a refresh has computed it anew
 
     @property
     def folder(self) -> str:
         """A path in the group; tap names hold slashes and colons, which are not portable there."""
-        return "features/" + re.sub(r"[^A-Za-z0-9_.-]+", "_", self.name).strip("_.")
+        name = re.sub(r"[^A-Za-z0-9_.-]+", "_", self.name).strip("_.")
+        return "features/" + generation_of(name, self.generation)
 
     @property
     def bits(self) -> int | None:
@@ -133,6 +135,7 @@ class TapSpec:
                 {"factor": factor, "channels": [list(pair) for pair in ranges]}
                 for factor, ranges in self.groups
             ],
+            **({"generation": self.generation} if self.generation else {}),
         }
 
     @classmethod
@@ -147,7 +150,13 @@ class TapSpec:
             precision=record["precision"],
             shape=(channels, height, width),
             groups=groups,
+            generation=record.get("generation", 0),
         )
+
+
+def generation_of(name: str, generation: int) -> str:
+    """The name that the n-th refresh of something has: a refresh writes beside the old."""
+    return f"{name}.{generation}" if generation else name
 
 
 def whole(channels: int) -> tuple[Group, ...]:
@@ -166,6 +175,12 @@ class Manifest:
     taps: tuple[TapSpec, ...]
     fingerprint: Mapping[str, str]
     versions: Mapping[str, str]
+    logits_generation: int = 0
+
+    @property
+    def logits_path(self) -> str:
+        """The array of the teacher's logits."""
+        return generation_of(LOGITS, self.logits_generation)
 
     def arrays(self) -> list[ArraySpec]:
         size = self.size_px
@@ -195,7 +210,7 @@ class Manifest:
         form = Form(self.logits_dtype, (self.size_px, self.size_px), ("y", "x"))
         transform = FloatGradient() if predicted else Plain()
         fill = _UNUSED_BYTE_PLANE if predicted else np.nan
-        return [ArraySpec(path=LOGITS, row=form, fill_value=fill, transform=transform)]
+        return [ArraySpec(path=self.logits_path, row=form, fill_value=fill, transform=transform)]
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -206,6 +221,7 @@ class Manifest:
             "taps": [tap.as_json() for tap in self.taps],
             "fingerprint": dict(self.fingerprint),
             "versions": dict(self.versions),
+            **({"logits_generation": self.logits_generation} if self.logits_generation else {}),
         }
 
     @classmethod
@@ -218,4 +234,5 @@ class Manifest:
             taps=tuple(TapSpec.from_json(tap) for tap in record["taps"]),
             fingerprint=record["fingerprint"],
             versions=record["versions"],
+            logits_generation=record.get("logits_generation", 0),
         )

@@ -21,7 +21,7 @@ from kdcache.cache.format import (
     read_commits,
     read_root,
 )
-from kdcache.cache.layout import IMAGE, LOGITS, MASK, ROWS, Manifest, TapSpec
+from kdcache.cache.layout import IMAGE, MASK, ROWS, Manifest, TapSpec
 from kdcache.cache.shard import DamagedError, decode_chunk, read_chunk
 from kdcache.errors import CacheError, nearest
 
@@ -41,7 +41,8 @@ class Cache:
         self.path = Path(path)
         root = read_root(self.path)
         self.manifest: Manifest = root.manifest
-        commits = read_commits(self.path, root.manifest)
+        self._commits = root.commits
+        commits = read_commits(self.path, root)
         if lost := lost_shards(root, [commit.shard for commit in commits]):
             log.warning(
                 "%s has lost the commit records of shards %s and the rows in them: restore them "
@@ -119,7 +120,8 @@ class Cache:
             raise CacheError(
                 f"{path}: cannot read row {index} ({self.keys[index].sample_id}): {error}; the file "
                 "was damaged or replaced after it was committed: restore it from a backup, or "
-                f"delete {commit_path(self.path, commit.shard).parent} and run extract again"
+                f"delete {commit_path(self.path, self._commits, commit.shard).parent} and run extract "
+                "again"
             ) from error
 
     def decode_features(self, index: int, tap: TapSpec) -> NDArray[np.float32]:
@@ -162,7 +164,7 @@ class Row:
         """(H, W) float16, or float32 in a cache of precision float32; CacheError without any."""
         if not self._cache.has_logits:
             raise CacheError(f"{self._cache.path} was made without a teacher: it has no logits")
-        return self._cache.read(self._index, LOGITS)
+        return self._cache.read(self._index, self._cache.manifest.logits_path)
 
     @cached_property
     def details(self) -> dict[str, Any]:

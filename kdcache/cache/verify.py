@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -21,15 +22,18 @@ from kdcache.cache.format import (
     Commit,
     Root,
     RowKey,
+    Staged,
     commit_path,
     commit_paths,
     lost_shards,
     manifest_digest,
+    next_commits,
     parse_row,
     read_commit,
     read_node,
     read_remarks,
     read_root,
+    read_staged,
 )
 from kdcache.cache.layout import MASK, ROWS, ArraySpec
 from kdcache.cache.shard import DamagedError, chunk_range, decode_chunk, decode_index, index_bytes
@@ -166,7 +170,7 @@ def _check_commits(path: Path, root: Root) -> tuple[list[Commit], list[Problem]]
     seen: dict[RowKey, int] = {}
     arrays = {spec.path for spec in root.manifest.arrays()}
     digest = manifest_digest(root.manifest)
-    for file in commit_paths(path):
+    for file in commit_paths(path, root.commits):
         name = file.relative_to(path).as_posix()
         try:
             commit = read_commit(file, digest)
@@ -182,9 +186,12 @@ def _check_commits(path: Path, root: Root) -> tuple[list[Commit], list[Problem]]
                 problem = f"row {tuple(key)} is in shard {seen[key]} too"
                 bad.append(Problem(path=name, problem=problem, rows=[key.sample_id]))
             seen[key] = commit.shard
-    for shard in lost_shards(root, [int(file.parent.name) for file in commit_paths(path)]):
+    records = commit_paths(path, root.commits)
+    for shard in lost_shards(root, [int(file.parent.name) for file in records]):
         problem = "is gone, and with it the rows of its shard; the next extraction computes them"
-        bad.append(Problem(path=commit_path(Path(), shard).as_posix(), problem=problem))
+        bad.append(
+            Problem(path=commit_path(Path(), root.commits, shard).as_posix(), problem=problem)
+        )
     return commits, bad
 
 
@@ -225,13 +232,15 @@ def _check_files(
     path: Path, root: Root, commits: Sequence[Commit], being_written: bool
 ) -> Iterator[Problem]:
     """Files and folders that neither the root nor a commit accounts for."""
-    specs = root.manifest.arrays()
-    records = commit_paths(path)  # damaged ones too: they have their own problem
+    specs, staged = root.manifest.arrays(), None
+    records = commit_paths(path, root.commits)  # damaged ones too: they have their own problem
     shards = {int(file.parent.name) for file in records} | {commit.shard for commit in commits}
-    expected = {"zarr.json", "skipped/zarr.json", "commits/zarr.json"}
+    expected = {"zarr.json", "skipped/zarr.json", f"{root.commits}/zarr.json"}
     expected |= {f"{name}/zarr.json" for name in root.nodes}
-    expected |= {commit_path(Path(), shard).as_posix() for shard in shards}
+    expected |= {commit_path(Path(), root.commits, shard).as_posix() for shard in shards}
     expected |= {spec.shard_path(shard) for spec in specs for shard in shards}
+    with contextlib.suppress(CacheError):
+        staged = read_staged(path, root)
     unreadable: list[OSError] = []
     for folder, subfolders, names in os.walk(path, onerror=unreadable.append):
         inside = Path(folder).relative_to(path)
@@ -242,7 +251,11 @@ def _check_files(
         empty = not subfolders and not names
         for name in names or ([""] if empty else []):
             file = (inside / name).as_posix()
-            if file in expected or (being_written and _may_be_a_writers(file, commits)):
+            if (
+                file in expected
+                or _of_a_refresh(file, root, staged)
+                or (being_written and _may_be_a_writers(file, commits))
+            ):
                 continue
             yield Problem(
                 path=file,
@@ -255,10 +268,18 @@ def _check_files(
         yield Problem(path=name, problem=f"cannot be read: {error.strerror}")
 
 
+def _of_a_refresh(file: str, root: Root, staged: Staged | None) -> bool:
+    """Whether a refresh that was interrupted before or after its switch left this."""
+    folders = list(root.replaced)
+    if staged is not None:
+        folders += [next_commits(root), *staged.nodes]
+    return any(file.startswith(f"{folder}/") for folder in folders)
+
+
 def _may_be_a_writers(file: str, commits: Sequence[Commit]) -> bool:
     """Whether a writer at work may have made this file since the commit records were read."""
     committed = {commit.shard for commit in commits}
-    shard = re.match(r"(?:commits/|.*/c\.)([0-9]+)", file)
+    shard = re.match(r"(?:commits[.0-9]*/|.*/c\.)([0-9]+)", file)
     return file.endswith(TEMPORARY_SUFFIX) or bool(shard and int(shard[1]) not in committed)
 
 

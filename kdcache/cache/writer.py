@@ -56,8 +56,6 @@ class CacheWriter:
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self._path = path
-        self.manifest = manifest
-        self._specs = manifest.arrays()
         self._keys: list[RowKey] = []
         self._files: dict[str, ShardFile] = {}
         # An interrupt may end the block while another thread is inside `append`.
@@ -66,11 +64,13 @@ class CacheWriter:
         self._torn = False  # a row reached some arrays only: the open shard must not be committed
         if not path.exists():
             _create(path, manifest)
-        self._lock = _lock(path)
+        self._lock = locked(path)
         try:
             self._root = read_root(path)
-            _check_same(path, self._root.manifest, manifest)
-            commits = read_commits(path, self._root.manifest)
+            self.manifest = _in_its_generations(manifest, self._root.manifest)
+            self._specs = self.manifest.arrays()
+            _check_same(path, self._root.manifest, self.manifest)
+            commits = read_commits(path, self._root)
             self.committed: set[RowKey] = {key for commit in commits for key in commit.keys}
             self._shards = {commit.shard for commit in commits}
             self._sweep()
@@ -142,7 +142,7 @@ class CacheWriter:
             keys=tuple(self._keys),
             objects=objects,
         )
-        target = commit_path(self._path, self._shard)
+        target = commit_path(self._path, self._root.commits, self._shard)
         target.parent.mkdir(exist_ok=True)
         write_atomic(target, record.document())
         fsync(target.parent.parent)
@@ -218,7 +218,7 @@ class CacheWriter:
                 number = file.name.split(".")[1]
                 if number.isdigit() and int(number) not in self._shards:
                     orphans.setdefault(int(number), []).append(file)
-        if len(orphans) > 1 or not (self._path / "commits").is_dir():
+        if len(orphans) > 1 or not (self._path / self._root.commits).is_dir():
             raise CacheError(
                 f"{self._path} has files of shards {sorted(orphans)} without a commit record, and an "
                 "interrupted extraction leaves one such shard at most: restore commits/ from a "
@@ -229,9 +229,21 @@ class CacheWriter:
             *itertools.chain(*orphans.values()),
         ]:
             file.unlink(missing_ok=True)
-        for folder in (self._path / "commits").iterdir():
+        for folder in (self._path / self._root.commits).iterdir():
             if folder.is_dir() and not (folder / "zarr.json").exists():
                 shutil.rmtree(folder)
+        self._root = remove_replaced(self._path, self._root)
+
+
+def remove_replaced(path: Path, root: Root) -> Root:
+    """Delete what the last refresh made obsolete; the root record then names it no more."""
+    if not root.replaced:
+        return root
+    for name in root.replaced:
+        shutil.rmtree(path / name, ignore_errors=True)
+    root = dataclasses.replace(root, replaced=())
+    write_atomic(path / "zarr.json", root.document())
+    return root
 
 
 def _create(path: Path, manifest: Manifest) -> None:
@@ -239,7 +251,7 @@ def _create(path: Path, manifest: Manifest) -> None:
     groups: dict[str, dict[str, Any]] = {"commits": {}, "features": {}}
     groups |= {tap.folder: tap.as_json() for tap in manifest.taps}
     documents = {name: group_document(attributes) for name, attributes in groups.items()}
-    documents |= {spec.path: _array_document(spec, manifest) for spec in manifest.arrays()}
+    documents |= {spec.path: array_document(spec, manifest) for spec in manifest.arrays()}
     nodes = {name: node_digest(json.loads(text)) for name, text in documents.items()}
     documents["skipped"] = Remarks().document()
     documents["."] = Root(manifest=manifest, nodes=nodes, array_rows=0, shards=0).document()
@@ -248,7 +260,7 @@ def _create(path: Path, manifest: Manifest) -> None:
     staging = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
     try:
         staging.mkdir()
-        held = _lock(staging)
+        held = locked(staging)
         try:
             for name, document in documents.items():
                 (staging / name).mkdir(parents=True, exist_ok=True)
@@ -270,12 +282,12 @@ def _sweep_staging(path: Path) -> None:
     """Remove what killed processes left of creating the same cache."""
     for folder in path.parent.glob(f"{glob.escape(path.name)}.*{TEMPORARY_SUFFIX}"):
         with contextlib.suppress(CacheError, OSError):  # another process is at it
-            held = _lock(folder)
+            held = locked(folder)
             shutil.rmtree(folder, ignore_errors=True)
             os.close(held)
 
 
-def _array_document(spec: ArraySpec, manifest: Manifest) -> bytes:
+def array_document(spec: ArraySpec, manifest: Manifest) -> bytes:
     """The zarr.json of an array without rows, in zarr-python's own words."""
     store = MemoryStore()
     compressors: dict[str, list[BytesBytesCodec]] = {
@@ -307,13 +319,26 @@ def _array_document(spec: ArraySpec, manifest: Manifest) -> bytes:
     return node_bytes(json.loads(store._store_dict["zarr.json"].to_bytes()))
 
 
-def _lock(path: Path) -> int:
+def locked(path: Path) -> int:
+    """The cache's lock, until the returned descriptor is closed; CacheError when another has it."""
     descriptor = lock(path)
     if descriptor is None:
         raise CacheError(
             f"{path} is being written by another process; wait for it or stop it, then run again"
         )
     return descriptor
+
+
+def _in_its_generations(asked: Manifest, found: Manifest) -> Manifest:
+    """What was asked for, with parts that were refreshed under the names they have since."""
+    generations = {tap.name: tap.generation for tap in found.taps}
+    return dataclasses.replace(
+        asked,
+        logits_generation=found.logits_generation,
+        taps=tuple(
+            dataclasses.replace(tap, generation=generations.get(tap.name, 0)) for tap in asked.taps
+        ),
+    )
 
 
 def _check_same(path: Path, found: Manifest, asked: Manifest) -> None:

@@ -258,4 +258,7 @@ def _draw(seen: Sequence[Seen], picture: Path) -> None:
         cells[-1] += [] if logits is None else [lit(row.image, logits > 0)]
         captions.append(f"{row.key.split}: {row.key.sample_id}")
     titles = ["photo", "mask (yellow: not labelled)", "teacher"][: len(cells[0])]
-    save(picture, sheet(titles, cells, captions), "PNG")
+    try:
+        save(picture, sheet(titles, cells, captions), "PNG")
+    except OSError as error:
+        log.warning("no picture of the first look: %s", error)

@@ -30,7 +30,7 @@ from kdcache.errors import (
 )
 from kdcache.precompute.check import check, look, photos_to_look_at
 from kdcache.precompute.dataset import Dataset
-from kdcache.precompute.job import Job, gone, open_job, row_arrays
+from kdcache.precompute.job import DEFAULT_BATCH, Job, gone, open_job, row_arrays
 from kdcache.precompute.need import Need, stored_bytes
 from kdcache.precompute.onnx_session import Device
 from kdcache.precompute.sources import Prepared, Tally, changed, prepare, twins
@@ -41,9 +41,6 @@ from kdcache.stop import StopRequest
 from kdcache.tables import megabytes
 
 log = logging.getLogger(__name__)
-
-# On the CPU one image a call is as fast as many and needs the least memory; a GPU wants a batch.
-DEFAULT_BATCH = {"cpu": 1, "cuda": 8, "tensorrt": 8}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from kdcache.cache import codecs
 from kdcache.cache.format import RowKey, describe_row
-from kdcache.cache.layout import IMAGE, LOGITS, MASK, ROWS, Manifest, TapSpec
+from kdcache.cache.layout import IMAGE, MASK, ROWS, Manifest, TapSpec
 from kdcache.cache.reader import Cache
 from kdcache.config import ExtractConfig, Precision
 from kdcache.errors import CacheError, ConfigError
@@ -27,7 +27,10 @@ from kdcache.precompute.sources import Digests, Prepared, Tally
 from kdcache.precompute.teacher import Teacher
 from kdcache.precompute.yolo import Yolo
 
-_LOGITS_DTYPE = {"float32": "float32"}  # float16 with any other precision
+# On the CPU one image a call is as fast as many and needs the least memory; a GPU wants a batch.
+DEFAULT_BATCH = {"cpu": 1, "cuda": 8, "tensorrt": 8}
+
+LOGITS_DTYPE = {"float32": "float32"}  # float16 with any other precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +190,7 @@ def _manifest(
         size_px=config.size,
         shard_rows=config.shard_rows,
         compression=config.compression,
-        logits_dtype=None if teacher is None else _LOGITS_DTYPE.get(config.precision, "float16"),
+        logits_dtype=None if teacher is None else LOGITS_DTYPE.get(config.precision, "float16"),
         taps=taps,
         fingerprint=fingerprint,
         versions={name: version(name) for name in libraries},
@@ -196,7 +199,7 @@ def _manifest(
 
 def stored_as(manifest: Manifest, precision: Precision) -> Manifest:
     """The same rows at another precision."""
-    dtype = _LOGITS_DTYPE.get(precision, "float16")
+    dtype = LOGITS_DTYPE.get(precision, "float16")
     return dataclasses.replace(
         manifest,
         logits_dtype=None if manifest.logits_dtype is None else dtype,
@@ -217,7 +220,7 @@ def row_arrays(
         ROWS: describe_row(row.key, row.details),
     }
     if manifest.logits_dtype is not None and logits_HW is not None:
-        arrays[LOGITS] = codecs.teacher_logits(logits_HW, manifest.logits_dtype)
+        arrays[manifest.logits_path] = codecs.teacher_logits(logits_HW, manifest.logits_dtype)
     for tap in manifest.taps if feature_CHW is not None else ():
         # on a GPU the features become codes there; the codes come to the host
         encoded = codecs.encode(feature_CHW, tap)

@@ -19,8 +19,8 @@ from kdcache.config import ExtractConfig, Precision
 from kdcache.errors import DatasetError
 from kdcache.precompute.check import Check, Seen, check, look, photos_to_look_at
 from kdcache.precompute.dataset import Dataset, Sample
-from kdcache.precompute.extract import DEFAULT_BATCH, run
-from kdcache.precompute.job import Job, open_job, row_arrays, stored_as
+from kdcache.precompute.extract import run
+from kdcache.precompute.job import DEFAULT_BATCH, Job, open_job, row_arrays, stored_as
 from kdcache.precompute.need import Need, free, stored_bytes
 from kdcache.precompute.onnx_session import Device
 from kdcache.precompute.sources import Tally, prepare

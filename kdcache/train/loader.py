@@ -91,8 +91,9 @@ _Parts = dict[str, NDArray[np.generic]]
 
 
 def _read_row(cache: Cache, row: int, taps: Sequence[str]) -> _Parts:
-    always = (IMAGE, MASK, LOGITS) if cache.has_logits else (IMAGE, MASK)
-    parts = {name: cache.read(row, name) for name in always}
+    parts = {name: cache.read(row, name) for name in (IMAGE, MASK)}
+    if cache.has_logits:
+        parts[LOGITS] = cache.read(row, cache.manifest.logits_path)
     return parts | {tap: cache.decode_features(row, cache.tap(tap)) for tap in taps}
 
 

@@ -50,8 +50,8 @@ def test_64000_committed_rows_take_under_20000_files(tmp_path):
                 size_bytes=10**8, sha256=digest, chunk_crc32c=checksums
             )
         keys = tuple(RowKey("train", name, 0) for name in names)
-        commit_path(out, shard).parent.mkdir()
-        commit_path(out, shard).write_bytes(
+        commit_path(out, "commits", shard).parent.mkdir()
+        commit_path(out, "commits", shard).write_bytes(
             Commit(shard=shard, manifest=digest_of_all, keys=keys, objects=objects).document()
         )
     cache = Cache(out)

@@ -100,14 +100,14 @@ def wait_for_commit(extraction: Extraction, out: Path) -> None:
 
 
 def commits(out: Path) -> int:
-    return len(commit_paths(out)) if (out / "commits").is_dir() else 0
+    return len(commit_paths(out, "commits")) if (out / "commits").is_dir() else 0
 
 
 def committed_files(out: Path) -> dict[str, tuple[int, int]]:
     """Inode and time of each file of committed shards: a row computed again would change them."""
     cache = Cache(out)
     files = [s.shard_path(c.shard) for c in cache.commits for s in cache.manifest.arrays()]
-    files += [path.relative_to(out).as_posix() for path in commit_paths(out)]
+    files += [path.relative_to(out).as_posix() for path in commit_paths(out, "commits")]
     return {name: ((out / name).stat().st_ino, (out / name).stat().st_mtime_ns) for name in files}
 
 
@@ -171,14 +171,14 @@ def test_extraction_stopped_before_its_first_commit(data, undisturbed, tmp_path,
     out, log = tmp_path / "c", tmp_path / "log"
     for _ in range(3):
         extraction = Extraction(data, out, log)
-        while extraction.process.is_alive() and not list(tmp_path.glob("c*")):
+        while extraction.process.is_alive() and not list(tmp_path.glob("c[!-]*")):
             time.sleep(0.0005)
         time.sleep(rng.uniform(0, 0.03))
         extraction.stop(number)
     extraction = Extraction(data, out, log)
     assert extraction.wait() == 0, extraction.said
     assert rows_equal(Cache(out), undisturbed[0])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "log"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "c-check.png", "log"]
 
 
 @pytest.fixture
