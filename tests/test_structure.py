@@ -41,7 +41,7 @@ def test_dependencies_point_one_way(folder):
         assert parts & known <= ALLOWED[folder] | FOUNDATION, path
 
 
-@pytest.mark.parametrize("name", FOUNDATION)
+@pytest.mark.parametrize("name", sorted(FOUNDATION))
 def test_the_foundation_knows_no_stage(name):
     parts = {n.split(".")[1] for n in imports(PACKAGE / f"{name}.py") if n.startswith("kdcache.")}
     assert parts <= FOUNDATION
