@@ -196,10 +196,9 @@ def test_read_only_folder_is_one_message(standins, monkeypatch, tmp_path):
 
     monkeypatch.setattr("kdcache.precompute.extract.CacheWriter", read_only)
     result = run(*extract_arguments(standins, tmp_path / "c"))
-    assert (result.exit_code, result.stderr) == (
-        1,
-        "error: [Errno 13] Permission denied: '/data/c'\n",
-    )
+    assert result.exit_code == 1
+    assert result.stderr.endswith("\nerror: [Errno 13] Permission denied: '/data/c'\n")
+    assert "Traceback" not in result.stderr
 
 
 def test_bugs_keep_their_traceback(cache, monkeypatch):

@@ -38,6 +38,7 @@ _LOW_MIOU = 0.5  # half of the picture wrong: no teacher to learn from
 # Standard errors (over the photos) by which another form must score better to be warned of, and to
 # be sure of it.
 _LIKELY, _SURE = 1.0, 2.0
+_TELLING = 0.1  # explained share below which the features know nothing of people in any form
 _RIDGE = 1e-3  # a thousandth of a unit variance: keeps the fit defined where channels repeat
 _PROBED_SIDE = 40  # grid positions a side that the linear map is fitted on
 
@@ -136,7 +137,7 @@ def _other_teacher_input(scores: Mapping[str, F64]) -> tuple[bool, str]:
 
 def _other_detector_input(scores: Mapping[str, F64], own: str) -> tuple[bool, str]:
     name, likely, words = _better(scores, own)
-    if not name:
+    if not name or scores[name].mean() < _TELLING:
         return False, ""
     return likely, (
         f"the detector's features tell people from the rest {words} with --yolo-input {name} "
