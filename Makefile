@@ -23,7 +23,7 @@ demo: setup
 	$(BIN)/kdcache demo --out demo
 
 test: setup
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .
