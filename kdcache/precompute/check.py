@@ -38,6 +38,8 @@ _LOW_MIOU = 0.5  # half of the picture wrong: no teacher to learn from
 # Standard errors (over the photos) by which another form must score better to be warned of, and to
 # be sure of it.
 _LIKELY, _SURE = 1.0, 2.0
+# Below so many photos the error itself is chance, and only a difference this large counts.
+_ENOUGH, _LARGE = 4, 0.1
 _TELLING = 0.1  # explained share below which the features know nothing of people in any form
 _RIDGE = 1e-3  # a thousandth of a unit variance: keeps the fit defined where channels repeat
 _PROBED_SIDE = 40  # grid positions a side that the linear map is fitted on
@@ -155,7 +157,10 @@ def _better(scores: Mapping[str, F64], own: str) -> tuple[str, bool, str]:
     if difference.mean() <= 0:
         return "", False, ""
     count = len(difference)
-    error = difference.std(ddof=1) / count**0.5 if count > 1 else np.inf
+    if count < _ENOUGH:
+        large = bool(difference.mean() > _LARGE)
+        return name if large else "", large, "clearly better"
+    error = difference.std(ddof=1) / count**0.5
     if difference.mean() <= _LIKELY * error:
         return name, False, f"better, by what may be chance on {count} photos,"
     return name, True, "clearly better" if difference.mean() > _SURE * error else "a little better"

@@ -43,10 +43,6 @@ from kdcache.tables import megabytes
 log = logging.getLogger(__name__)
 
 
-# Photos from which on it is worth saying that another form of the pixels may be the right one.
-_ENOUGH = 4
-
-
 @dataclass(frozen=True, kw_only=True)
 class ExtractReport:
     """What an extraction did."""
@@ -151,7 +147,7 @@ def _look(first: Sequence[Prepared], job: Job, out: Path) -> None:
     log.info("first look at %d photos%s; picture: %s", found.photos, score, picture)
     for text in found.warnings:
         log.warning("%s", text)
-    for text in found.notes if found.photos >= _ENOUGH else ():
+    for text in found.notes:
         log.info("%s", text)
     manifest = job.manifest
     sizes = [

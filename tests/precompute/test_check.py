@@ -145,10 +145,18 @@ def test_detector_of_another_input_is_named(standins, tmp_path, detector, form):
 
 
 def test_a_difference_that_may_be_chance_is_a_note():
-    scores = {"a": np.array([0.5, 0.6, 0.7]), "b": np.array([0.6, 0.4, 0.9])}
-    assert _better(scores, "a") == ("b", False, "better, by what may be chance on 3 photos,")
+    scores = {"a": np.array([0.5, 0.6, 0.7, 0.6]), "b": np.array([0.6, 0.4, 0.9, 0.6])}
+    assert _better(scores, "a") == ("b", False, "better, by what may be chance on 4 photos,")
     assert _better(scores, "b") == ("", False, "")
     assert _better({}, "a") == ("", False, "")
+
+
+def test_two_photos_tell_a_scale_but_no_shade():
+    """They differed by 0.017 on two real photos, both in the same direction, by chance."""
+    near = {"a": np.array([0.60, 0.70]), "b": np.array([0.62, 0.72])}
+    assert _better(near, "a")[:2] == ("", False)
+    far = {"a": np.array([0.2, 0.4]), "b": np.array([0.7, 0.6])}
+    assert _better(far, "a") == ("b", True, "clearly better")
 
 
 def test_bad_teacher_is_said_and_unlabelled_photos_are_no_reason(standins, tmp_path):
