@@ -58,9 +58,8 @@ class Root:
     array_rows: int  # length of every array's axis 0
     shards: int  # the shards below this number were all committed when a writer last ended well
     generation: int = 0  # of the commit records: how many refreshes there were
-    replaced: Sequence[
-        str
-    ] = ()  # paths that the last refresh made obsolete, if they still lie there
+    # paths that the last refresh made obsolete, if they still lie there
+    replaced: Sequence[str] = ()
 
     @property
     def commits(self) -> str:
@@ -269,9 +268,10 @@ def read_remarks(cache: Path) -> Remarks:
     record = _read_signed(path, SKIPPED)
     return Remarks(
         skipped=record["images"],
-        left_out=record["left_out"],
-        changed=record["changed"],
-        in_train_and_val=tuple((train, val) for train, val in record["in_train_and_val"]),
+        # an earlier kdcache noted the skipped images only
+        left_out=record.get("left_out", {}),
+        changed=record.get("changed", {}),
+        in_train_and_val=tuple((train, val) for train, val in record.get("in_train_and_val", ())),
     )
 
 

@@ -49,8 +49,7 @@ def _planes(images_NHWC: U8) -> F32:
     return np.ascontiguousarray(images_NHWC.transpose(0, 3, 1, 2)).astype(np.float32)
 
 
-TEACHER_INPUTS: dict[str, Callable[[U8], F32]] = {
-    TEACHER_GETS: imagenet_normalised,
+OTHER_TEACHER_INPUTS: dict[str, Callable[[U8], F32]] = {
     "ImageNet-normalised BGR": lambda images: imagenet_normalised(images[..., ::-1]),
     "RGB in 0 to 1": lambda images: _planes(images) / np.float32(255),
     "RGB in 0 to 255": _planes,
@@ -175,21 +174,21 @@ def _teacher_scores(seen: Sequence[Seen], teacher: Teacher) -> dict[str, F64]:
             f"the teacher's output lies in {low:.3g} to {high:.3g} on all of {len(seen)} photos: these "
             "are probabilities, distillation needs the logits before the sigmoid: export it without"
         )
-    scores = {}
-    labelled = [one for one in seen if (one.row.mask == PERSON).any()]
-    for name, form in TEACHER_INPUTS.items() if labelled else ():
-        scores[name] = np.array([
-            _miou(one.logits if name == TEACHER_GETS else teacher.run(form(one.row.image[None]))[0],
-                  one.row.mask)
-            for one in labelled
-        ])  # fmt: skip
+    rows = [one.row for one in seen]
+    labelled = [n for n, row in enumerate(rows) if (row.mask == PERSON).any()]
+    if not labelled:
+        return {}
+    scores = {TEACHER_GETS: np.array([_miou(logits[n], rows[n].mask) for n in labelled])}
+    for name, form in OTHER_TEACHER_INPUTS.items():
+        others = [teacher.run(form(rows[n].image[None]))[0] for n in labelled]
+        scores[name] = np.array(
+            [_miou(z, rows[n].mask) for n, z in zip(labelled, others, strict=True)]
+        )
     return scores
 
 
-def _miou(logits_HW: F32 | None, mask: U8) -> float:
+def _miou(logits_HW: F32, mask: U8) -> float:
     """(IoU_person + IoU_background) / 2 of logit > 0, over labelled pixels."""
-    if logits_HW is None:
-        return 0.0
     valid = (mask != IGNORE) & (mask != PADDING)
     ours, theirs = (logits_HW > 0)[valid], (mask == PERSON)[valid]
     return (_iou(ours, theirs) + _iou(~ours, ~theirs)) / 2

@@ -54,9 +54,8 @@ class ExtractReport:
     rows_found: int  # committed by an earlier run and not computed again
     skipped: Mapping[str, str]  # sample id (or file that can be none) to reason
     left_out: Mapping[str, int]
-    changed: Mapping[
-        str, str
-    ]  # sample id to what its files are now, of rows that stay as they were
+    # sample id to what its files are now, of rows that stay as they were
+    changed: Mapping[str, str]
     gone: Sequence[str]  # ids of rows that the dataset no longer has
     in_train_and_val: Sequence[tuple[str, str]]  # ids of images with the same pixels
     seconds: float  # all of it, loading the models included

@@ -134,26 +134,37 @@ def _load_models(config: ExtractConfig, device: str) -> tuple[Yolo | None, Teach
     """The models that the settings want to be run; raises ConfigError when one was not given."""
     yolo = teacher = None
     if config.store != "logits":
-        if config.yolo_onnx_path is None:
-            raise ConfigError("the detector is needed: --yolo FILE.onnx (or --logits-only)")
-        yolo = Yolo(
-            config.yolo_onnx_path,
-            tap=config.yolo_target_layer,
-            expects=config.yolo_input,
-            device=device,
-            size_px=config.size,
-        )
+        yolo = open_yolo(config, config.yolo_target_layer, device, config.size)
     if config.store != "features":
-        if config.teacher_checkpoint is None:
-            raise ConfigError("the teacher is needed: --teacher FILE (or --features-only)")
-        teacher = Teacher(
-            config.teacher_checkpoint,
-            encoder=config.teacher_encoder,
-            output=config.teacher_output,
-            device=device,
-            size_px=config.size,
-        )
+        teacher = open_teacher(config, device, config.size)
     return yolo, teacher
+
+
+def open_yolo(config: ExtractConfig, tap: str, device: str, size_px: int) -> Yolo:
+    """The detector that the settings name; raises ConfigError when they name none."""
+    if config.yolo_onnx_path is None:
+        raise ConfigError("the detector is needed: --yolo FILE.onnx (or extract --logits-only)")
+    return Yolo(
+        config.yolo_onnx_path, tap=tap, expects=config.yolo_input, device=device, size_px=size_px
+    )
+
+
+def open_teacher(config: ExtractConfig, device: str, size_px: int) -> Teacher:
+    """The teacher that the settings name; raises ConfigError when they name none."""
+    if config.teacher_checkpoint is None:
+        raise ConfigError("the teacher is needed: --teacher FILE (or extract --features-only)")
+    return Teacher(
+        config.teacher_checkpoint,
+        encoder=config.teacher_encoder,
+        output=config.teacher_output,
+        device=device,
+        size_px=size_px,
+    )
+
+
+def provider(device: str) -> str:
+    """The execution provider as the fingerprint states it."""
+    return f"{device} float32"
 
 
 def _manifest(
@@ -165,7 +176,7 @@ def _manifest(
         "interpolation": INTERPOLATION,
         "precision": config.precision,
         "views": "resized only",
-        "execution_provider": f"{device} float32",
+        "execution_provider": provider(device),
     }
     taps: tuple[TapSpec, ...] = ()
     if yolo is not None:

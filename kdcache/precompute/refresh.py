@@ -18,8 +18,14 @@ from kdcache.cache.layout import Manifest
 from kdcache.cache.reader import Cache
 from kdcache.cache.refresh import Refresh
 from kdcache.config import ExtractConfig
-from kdcache.errors import CacheError, ConfigError, SampleError, nearest
-from kdcache.precompute.job import DEFAULT_BATCH, LOGITS_DTYPE
+from kdcache.errors import CacheError, ConfigError, FingerprintError, SampleError, nearest
+from kdcache.precompute.job import (
+    DEFAULT_BATCH,
+    LOGITS_DTYPE,
+    open_teacher,
+    open_yolo,
+    provider,
+)
 from kdcache.precompute.onnx_session import Device, resolve_device
 from kdcache.precompute.teacher import Teacher
 from kdcache.precompute.yolo import Yolo
@@ -92,29 +98,19 @@ def _target(
     config: ExtractConfig, manifest: Manifest, part: str, device: str
 ) -> tuple[Manifest, Yolo | Teacher]:
     """What the cache's manifest is to become, and the model that makes it so."""
-    if part == TEACHER:
-        if config.teacher_checkpoint is None:
-            raise ConfigError("--refresh teacher needs --teacher FILE")
-        teacher = Teacher(
-            config.teacher_checkpoint,
-            encoder=config.teacher_encoder,
-            output=config.teacher_output,
-            device=device,
-            size_px=manifest.size_px,
+    made_on = manifest.fingerprint["execution_provider"]
+    if made_on != provider(device):
+        raise FingerprintError(
+            f"the cache was extracted with execution_provider = {made_on}, now {provider(device)} "
+            "was asked for; refresh it on the --device it was made on, or extract it anew"
         )
+    if part == TEACHER:
+        teacher = open_teacher(config, device, manifest.size_px)
         return _with_teacher(manifest, teacher), teacher
     if part not in [tap.name for tap in manifest.taps]:
         known = nearest(part, [TEACHER, *(tap.name for tap in manifest.taps)])
         raise ConfigError(f"--refresh {part}: the cache has no such part; nearest: {known}")
-    if config.yolo_onnx_path is None:
-        raise ConfigError(f"--refresh {part} needs --yolo FILE.onnx")
-    yolo = Yolo(
-        config.yolo_onnx_path,
-        tap=part,
-        expects=config.yolo_input,
-        device=device,
-        size_px=manifest.size_px,
-    )
+    yolo = open_yolo(config, part, device, manifest.size_px)
     return _with_tap(manifest, part, yolo), yolo
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from kdcache.cache.format import RowKey
 from kdcache.config import ResizeMode
-from kdcache.errors import DatasetError, SampleError
+from kdcache.errors import CacheError, DatasetError, SampleError
 from kdcache.imaging import U8, decode_image, place, resize_image, resize_mask
 from kdcache.precompute.dataset import Sample
 from kdcache.progress import Progress
@@ -119,9 +119,15 @@ class Digests(NamedTuple):
 
     @classmethod
     def of(cls, details: Mapping[str, Any]) -> Digests:
-        """From the details of a row."""
+        """From the details of a row; raises CacheError where an earlier kdcache kept fewer."""
         names = ("source_bytes", "source_sha256", "label_sha256", "pixels_sha256")
-        return cls(*(details[name] for name in names))
+        try:
+            return cls(*(details[name] for name in names))
+        except KeyError as error:
+            raise CacheError(
+                f"the rows of this cache have no {error}: an earlier kdcache made it; nothing can "
+                "be appended to it, extract into another --out"
+            ) from error
 
 
 def changed(

@@ -20,7 +20,7 @@ from kdcache.cache.refresh import Refresh
 from kdcache.cache.verify import verify
 from kdcache.cli import main
 from kdcache.durable import TEMPORARY_SUFFIX
-from kdcache.errors import CacheError, ConfigError, SampleError
+from kdcache.errors import CacheError, ConfigError, FingerprintError, SampleError
 from kdcache.precompute import refresh as engine
 from kdcache.precompute.refresh import refresh
 from kdcache.standins import save_detector, save_teacher
@@ -166,12 +166,18 @@ def test_a_row_that_cannot_be_refreshed_changes_nothing(standins, cache, copy, m
 def test_what_is_missing_is_named(standins, copy, cache):
     with pytest.raises(ConfigError, match="no such part; nearest: .*teacher"):
         refresh(standins.config(), copy, "teach", device="cpu")
-    with pytest.raises(ConfigError, match="--refresh teacher needs --teacher FILE"):
+    with pytest.raises(ConfigError, match="the teacher is needed: --teacher FILE"):
         refresh(standins.config(teacher_checkpoint=None), copy, "teacher", device="cpu")
-    with pytest.raises(ConfigError, match="needs --yolo FILE"):
+    with pytest.raises(ConfigError, match="the detector is needed: --yolo FILE"):
         refresh(standins.config(yolo_onnx_path=None), copy, cache.taps[0], device="cpu")
     with pytest.raises(CacheError, match="is not a kdcache cache"):
         refresh(standins.config(), copy / "nowhere", "teacher", device="cpu")
+
+
+def test_another_device_than_the_caches_is_refused(standins, copy, monkeypatch):
+    monkeypatch.setattr(engine, "resolve_device", lambda device: "cuda")
+    with pytest.raises(FingerprintError, match="= cpu float32, now cuda float32 was asked for"):
+        refresh(standins.config(), copy, "teacher")
 
 
 def _refresh(config, path, part):

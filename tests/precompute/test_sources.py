@@ -12,10 +12,12 @@ from click.testing import CliRunner
 from conftest import Standins
 from PIL import Image
 
-from kdcache.cache.format import read_remarks
+from kdcache import durable
+from kdcache.cache.format import SKIPPED, describe_row, read_remarks, signed_document
+from kdcache.cache.info import describe
 from kdcache.cache.reader import Cache
 from kdcache.cli import main
-from kdcache.errors import DatasetError
+from kdcache.errors import CacheError, DatasetError
 from kdcache.precompute.dataset import Dataset, folder_dataset, unlabelled_dataset
 from kdcache.precompute.extract import extract
 
@@ -143,3 +145,30 @@ def test_the_command_tells_all_of_it_and_exits_with_3(standins, scenes):
     info = CliRunner().invoke(main, ["info", str(scenes / "c")]).stdout
     assert "scene_002.jpg: the image had" in info
     assert "1 left out: files of suffix .txt" in info
+
+
+def test_a_cache_of_an_earlier_kdcache_is_described_and_not_appended_to(
+    standins, scenes, monkeypatch
+):
+    """Its rows held fewer digests, its remarks the skipped images only."""
+    with monkeypatch.context() as earlier:
+        earlier.setattr(
+            "kdcache.precompute.job.describe_row", lambda key, details: describe_row(key, {})
+        )
+        run(standins, scenes)
+    old = signed_document(SKIPPED, {"images": {"a.jpg": "cannot be decoded"}})
+    (scenes / "c/skipped/zarr.json").write_bytes(old)
+    assert describe(Cache(scenes / "c"))["skipped"] == {"a.jpg": "cannot be decoded"}
+    with pytest.raises(CacheError, match="an earlier kdcache made it; nothing can be appended"):
+        run(standins, scenes)
+
+
+def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, caplog):
+    def unsupported(descriptor, how):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(durable.fcntl, "flock", unsupported)
+    descriptor = durable.lock(tmp_path)
+    assert descriptor is not None
+    os.close(descriptor)
+    assert "let one process write there" in caplog.text
