@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import zstandard
@@ -28,9 +29,10 @@ from kdcache.cache.reader import Cache
 from kdcache.cache.shard import encode_chunk
 from kdcache.cache.transforms import BytePlanes, FloatGradient, Form, Nibbles, RgbGradient
 from kdcache.cache.writer import CacheWriter
-from kdcache.config import ExtractConfig
+from kdcache.config import Compression, ExtractConfig, Precision
 from kdcache.precompute.dataset import coco_dataset
-from kdcache.precompute.extract import _decode
+from kdcache.precompute.job import LOGITS_DTYPE
+from kdcache.precompute.sources import Tally, prepare
 from kdcache.precompute.teacher import Teacher
 from kdcache.precompute.yolo import Yolo
 
@@ -63,9 +65,9 @@ def load(options: argparse.Namespace) -> tuple[TapSpec, list[dict[str, np.ndarra
     )
     tap = TapSpec(name=options.tap, precision="int8", shape=yolo.feature_shape, groups=yolo.groups)
     samples = coco_dataset(options.images, options.coco).samples[: options.limit]
+    todo = [(RowKey("train", sample.sample_id, 0), sample) for sample in samples]
     rows = []
-    for sample in samples:
-        prepared = _decode(RowKey("train", sample.sample_id, 0), sample, config)
+    for prepared in prepare(todo, config.size, config.resize, 2, Tally(strict=True)):
         batch = prepared.image[None]
         rows.append(
             {
@@ -82,14 +84,14 @@ def show_formats(tap: TapSpec, rows: list[dict[str, np.ndarray]], size: int) -> 
     """Whole rows through the project's own writer and reader."""
     heading("precision, compression", "features ×", "rel. MSE", "layer-34 row MB", "write ms",
             "read ms")  # fmt: skip
-    for precision in ("float32", "float16", "int8", "int6", "int5", "int4"):
-        for compression in ("zstd", "lz4", "none"):
+    for precision in get_args(Precision):
+        for compression in get_args(Compression):
             spec = dataclasses.replace(tap, precision=precision)
             manifest = Manifest(
                 size_px=size,
                 shard_rows=32,
                 compression=compression,
-                logits_dtype="float32" if precision == "float32" else "float16",
+                logits_dtype=LOGITS_DTYPE.get(precision, "float16"),
                 taps=(spec,),
                 fingerprint={},
                 versions={},
@@ -112,7 +114,7 @@ def write(path: Path, manifest: Manifest, rows: list[dict[str, np.ndarray]]) -> 
             arrays = {
                 IMAGE: row[IMAGE],
                 MASK: row[MASK],
-                LOGITS: codecs.teacher_logits(row[LOGITS], manifest.logits_dtype),
+                LOGITS: codecs.teacher_logits(row[LOGITS], manifest.logits_dtype or "float16"),
                 ROWS: describe_row(key, {}),
                 **{f"{tap.folder}/{name}": array for name, array in encoded.items()},
             }
@@ -148,7 +150,8 @@ def measure(cache: Cache, tap: TapSpec, rows: list[dict[str, np.ndarray]]) -> li
 
 
 def show_codes(tap: TapSpec, rows: list[dict[str, np.ndarray]]) -> None:
-    for precision, bits in (("int8", 8), ("int5", 5), ("int4", 4)):
+    precisions: tuple[tuple[Precision, int], ...] = (("int8", 8), ("int5", 5), ("int4", 4))
+    for precision, bits in precisions:
         spec = dataclasses.replace(tap, precision=precision)
         encoded = [codecs.encode(row["features"], spec) for row in rows]
         plain = [[a for name, a in e.items() if name != "affine"] for e in encoded]
@@ -194,9 +197,9 @@ def show_pictures(rows: list[dict[str, np.ndarray]], size: int) -> None:
     line("difference along x, zstd 1", [[delta(a, 1) for a in r] for r in images], *zstd(1),
          undo=lambda a: a.cumsum(1, np.uint8))  # fmt: skip
     gradient = [[RgbGradient().forward(a) for a in r] for r in images]
-    undo = lambda a: RgbGradient().inverse(a, form)  # noqa: E731
-    line("rgb_gradient, zstd 3", gradient, *zstd(3), undo=undo)
-    line("rgb_gradient, window 2^14 (the format)", gradient, *ours(), undo=undo)
+    undo_photo = functools.partial(RgbGradient().inverse, row=form)
+    line("rgb_gradient, zstd 3", gradient, *zstd(3), undo=undo_photo)
+    line("rgb_gradient, window 2^14 (the format)", gradient, *ours(), undo=undo_photo)
     print()
     logits = [[row[LOGITS].astype(np.float16)] for row in rows]
     form = Form("float16", (size, size), ("y", "x"))
@@ -205,7 +208,7 @@ def show_pictures(rows: list[dict[str, np.ndarray]], size: int) -> None:
     line("blosc zstd 1 shuffle", logits, *blosc("zstd", Blosc.SHUFFLE))
     for transform in (BytePlanes(), FloatGradient()):
         stored = [[transform.forward(a) for a in r] for r in logits]
-        undo = lambda a, t=transform: t.inverse(a, form)  # noqa: E731
+        undo = functools.partial(transform.inverse, row=form)
         line(f"{transform.name}, window 2^14", stored, *ours(), undo=undo)
 
 

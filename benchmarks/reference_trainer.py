@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import click
 import cv2
@@ -87,17 +88,15 @@ class Online:
         if self.encoder_weights is not None:
             student.encoder.load_state_dict(self.encoder_weights)
         student.train().encoder.eval().requires_grad_(False)
-        projection, optimizer = None, None
+        *_, features = next(self.batches(0))
+        projection = build_projection(student.encoder.out_channels[TAP_LEVEL], features.shape[1])
+        trained = [p for p in student.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(
+            [{"params": trained}, {"params": list(projection.parameters())}],
+            weight_decay=WEIGHT_DECAY,
+        )
         for epoch in range(self.epochs):
             for pixels, mask, teacher, features in self.batches(epoch):
-                if projection is None:
-                    taps = student.encoder.out_channels[TAP_LEVEL]
-                    projection = build_projection(taps, features.shape[1])
-                    trained = [p for p in student.parameters() if p.requires_grad]
-                    optimizer = torch.optim.AdamW(
-                        [{"params": trained}, {"params": projection.parameters()}],
-                        weight_decay=WEIGHT_DECAY,
-                    )
                 fall = (1 + math.cos(math.pi * epoch / self.epochs)) / 2
                 for group in optimizer.param_groups:
                     group["lr"] = MIN_LEARNING_RATE + (LEARNING_RATE - MIN_LEARNING_RATE) * fall
@@ -107,15 +106,18 @@ class Online:
                 values["feature"] = (
                     ((projection(encoded[TAP_LEVEL]) - features) ** 2).mean(1).mean()
                 )
-                total = sum(WEIGHTS[name] * value for name, value in values.items())
+                total = torch.zeros(())
+                for name, value in values.items():
+                    total = total + WEIGHTS[name] * value
                 optimizer.zero_grad()
-                total.backward()
+                total.backward()  # type: ignore[no-untyped-call]
                 nn.utils.clip_grad_norm_(trained, CLIP)
                 nn.utils.clip_grad_norm_(projection.parameters(), CLIP)
                 optimizer.step()
                 values["total"] = total
                 self.losses.append({name: value.item() for name, value in values.items()})
-        return student.state_dict()
+        state: dict[str, torch.Tensor] = student.state_dict()
+        return state
 
 
 def distillation(
@@ -175,7 +177,7 @@ def session(model: bytes) -> onnxruntime.InferenceSession:
 @click.option("--size", default=640)
 @click.option("--batch-size", default=4)
 @click.option("--epochs", default=1)
-def main(images: Path, masks: Path, yolo: Path, tap: str, teacher: Path, **settings: int) -> None:
+def main(images: Path, masks: Path, yolo: Path, tap: str, teacher: Path, **settings: Any) -> None:
     """Train online and print the losses of each step."""
     photos = sorted(path for path in images.iterdir() if path.is_file())
     online = Online(
