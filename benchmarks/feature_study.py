@@ -77,7 +77,8 @@ def make_caches(realdata: Path, work: Path) -> None:
         if not link.exists():
             link.symlink_to(sample.image_path.resolve())
     few = work / "few.zarr"
-    extract(settings, Dataset(samples=samples[:LABELLED]), few, device="cpu", progress=True)
+    labelled = Dataset(images=people("train").images, samples=samples[:LABELLED])
+    extract(settings, labelled, few, device="cpu", progress=True)
     extract(settings, unlabelled_dataset(rest), few, device="cpu", progress=True)
 
 

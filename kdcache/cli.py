@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,8 @@ def main() -> None:
     `train` uses the cache alone.
     """
     _log_to_stderr()
+    # Pillow's remarks on odd files name no file; what matters of them is an error of ours
+    warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def _log_to_stderr() -> None:

@@ -5,8 +5,13 @@ Shapes: images are (H, W, 3) uint8 RGB, masks (H, W) uint8 with the values below
 Colour rules for files that are not 8-bit RGB: grey is repeated into three channels; palettes are
 looked up; an alpha channel is dropped, as OpenCV's colour reading does; CMYK, YCbCr and Lab are
 converted by Pillow, without colour profiles; 16-bit samples are divided by 257, so 65535 becomes 255
-instead of clipping at 255. Of several frames or pages the first is taken. Pictures of more than
-179 million pixels are refused, as Pillow does: a few bytes can claim any size.
+instead of clipping at 255; 32-bit samples have no stated range and are refused. Of several frames or
+pages the first is taken. Pictures of more than 179 million pixels are refused, as Pillow does: a few
+bytes can claim any size.
+
+Mask rules: the values as stored, 0 and 1 or 0 and 255. A palette is looked up where all its colours in
+use are black and white, for some writers put white first; else its indices count. An alpha channel
+that says something else than the colours is refused.
 """
 
 from __future__ import annotations
@@ -17,7 +22,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from kdcache.config import ResizeMode
 from kdcache.errors import SampleError
@@ -25,7 +30,15 @@ from kdcache.errors import SampleError
 U8 = NDArray[np.uint8]
 F32 = NDArray[np.float32]
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
+IMAGE_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+)
+# Pictures that a person would expect to be taken, and that are not.
+OTHER_IMAGE_SUFFIXES = frozenset(
+    {".heic", ".heif", ".avif", ".gif", ".jp2", ".jxl", ".tga", ".dng", ".cr2", ".nef", ".arw"}
+)
+# Whatever the suffix says; left to itself, Pillow hands EPS files to Ghostscript.
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 
 BACKGROUND = 0
 PERSON = 1
@@ -113,13 +126,24 @@ def decode_image(data: bytes) -> U8:
 
     Raises SampleError for anything Pillow cannot decode completely.
     """
-    picture = _open(data)
+    picture = _open(data, "image")
     try:
-        return _to_rgb(ImageOps.exif_transpose(picture))
+        return _to_rgb(ImageOps.exif_transpose(picture) if _orientation(picture) > 1 else picture)
     except SampleError:
         raise
     except Exception as error:  # damaged EXIF raises many kinds
         raise SampleError(f"cannot be oriented or converted: {_told(error)}") from error
+
+
+def exif_orientation(data: bytes) -> int:
+    """How EXIF turns a decodable image: 1 not at all, 2 to 4 keep its size, 5 to 8 swap the sides."""
+    with Image.open(io.BytesIO(data), formats=_FORMATS) as picture:
+        return _orientation(picture)
+
+
+def _orientation(picture: Image.Image) -> int:
+    found = picture.getexif().get(ExifTags.Base.Orientation, 1)
+    return found if found in range(2, 9) else 1
 
 
 def decode_mask(data: bytes) -> U8:
@@ -127,8 +151,7 @@ def decode_mask(data: bytes) -> U8:
 
     The mask's own EXIF orientation is ignored: a mask is a measurement, not a photo.
     """
-    picture = _open(data)
-    values = _mask_values(picture)
+    values = _mask_values(_open(data, "mask"))
     found = np.unique(values)
     if np.isin(found, (0, 1)).all():
         return values.astype(np.uint8)
@@ -141,21 +164,21 @@ def decode_mask(data: bytes) -> U8:
     )
 
 
-def _open(data: bytes) -> Image.Image:
+def _open(data: bytes, what: str) -> Image.Image:
     if not data:
-        raise SampleError("the file is empty (0 bytes)")
+        raise SampleError(f"the {what} file is empty (0 bytes)")
     try:
-        picture = Image.open(io.BytesIO(data))
+        picture = Image.open(io.BytesIO(data), formats=_FORMATS)
         picture.load()
     except Exception as error:  # Pillow raises many kinds for damaged files
-        raise SampleError(f"cannot be decoded as an image: {_told(error)}") from error
+        raise SampleError(f"the {what} cannot be decoded: {_told(error)}") from error
     return picture
 
 
 def _told(error: Exception) -> str:
     """An error of Pillow's in words for a person: without the address of our buffer."""
     if isinstance(error, UnidentifiedImageError):
-        return "no image format is recognised in it"
+        return "it is no JPEG, PNG, WebP, BMP or TIFF, or its start is damaged"
     return f"{type(error).__name__}: {error}"
 
 
@@ -164,7 +187,9 @@ def _mask_values(picture: Image.Image) -> NDArray[np.generic]:
 
     A colour mask is accepted when its channels agree (a grey picture saved as RGB).
     """
-    if picture.mode in ("L", "P", "1") or picture.mode.startswith("I"):
+    if picture.mode == "P":
+        return _palette_values(picture)
+    if picture.mode in ("L", "1") or picture.mode.startswith("I"):
         return np.asarray(picture)
     if picture.mode not in ("RGB", "RGBA", "LA"):
         raise SampleError(
@@ -173,7 +198,24 @@ def _mask_values(picture: Image.Image) -> NDArray[np.generic]:
     channels = np.asarray(picture.convert("RGB"))
     if not (channels == channels[..., :1]).all():
         raise SampleError("mask is a colour picture; expected one channel of 0/1 or 0/255")
-    return channels[..., 0]
+    grey = channels[..., 0]
+    if picture.mode in ("RGBA", "LA"):
+        alpha = np.asarray(picture.getchannel("A"))
+        if not (alpha == alpha[0, 0]).all() and not np.array_equal(alpha, grey):
+            raise SampleError(
+                "mask has an alpha channel that differs from its colours: which of the two is the "
+                "mask? Save it as one channel of 0/1 or 0/255"
+            )
+    return grey
+
+
+def _palette_values(picture: Image.Image) -> NDArray[np.generic]:
+    """A palette mask's indices, or its colours where those in use are black and white."""
+    colours = np.asarray(picture.convert("RGB"))
+    grey = colours[..., 0]
+    if (colours == grey[..., None]).all() and np.isin(grey, (0, 255)).all():
+        return grey
+    return np.asarray(picture)
 
 
 def _to_rgb(picture: Image.Image) -> U8:
@@ -186,10 +228,10 @@ def _to_rgb(picture: Image.Image) -> U8:
 
 def _wide_grey_to_rgb(values: NDArray[np.generic], mode: str) -> U8:
     """16-bit samples to 8 bits; `convert("RGB")` would clip them to white without a word."""
-    if mode == "F" or values.min() < 0 or values.max() > 65535:
+    if mode in ("F", "I"):
         raise SampleError(
-            f"pixels of Pillow mode {mode} range from {values.min()} to {values.max()}; "
-            "expected 8- or 16-bit samples"
+            f"its samples have 32 bits (values from {values.min()} to {values.max()}); expected 8- or "
+            "16-bit samples"
         )
     grey = np.rint(values.astype(np.float64) / 257).astype(np.uint8)
     return np.repeat(grey[..., None], 3, axis=2)

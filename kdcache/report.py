@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from kdcache.tables import duration, megabytes, table
+from kdcache.tables import duration, megabytes, printable, table
 
 if TYPE_CHECKING:
     from kdcache.cache.verify import VerifyReport
@@ -35,38 +35,40 @@ def extract_text(report: ExtractReport) -> str:
     ]
     if report.rows_found:
         lines.append(f"{report.rows_found} rows were committed before and not computed again")
-    if report.gone:
-        lines.append(
-            f"{len(report.gone)} rows are of images that this dataset does not have "
-            f"({_first(report.gone)}): removed since, or of another folder"
-        )
-    return "\n".join(lines + _remarks(dataclasses.asdict(report), _SKIPPED_SHOWN))
+    rest = f"kdcache info {report.cache}"
+    return "\n".join(lines + _remarks(dataclasses.asdict(report), _SKIPPED_SHOWN, rest))
 
 
-def _remarks(found: Mapping[str, Any], shown: int | None = None) -> list[str]:
-    """What became of images that are no rows, or doubtful ones; `shown` of each kind."""
+def _remarks(found: Mapping[str, Any], shown: int | None = None, rest: str = "") -> list[str]:
+    """What became of images that are no rows, or doubtful ones: `shown` of each kind, and where the
+    rest is shown."""
     lines = [f"{count} left out: {why}" for why, count in found["left_out"].items() if count]
-    for kind, heading in (
-        ("skipped", "images skipped"),
-        (
-            "changed",
-            "images are not what they were when they were extracted; their rows stay as they are "
-            "(another --out takes them as they are now)",
-        ),
-    ):
-        if found[kind]:
-            lines.append(f"{len(found[kind])} {heading}:")
-            lines += [f"  {name}: {why}" for name, why in list(found[kind].items())[:shown]]
-            if shown is not None and len(found[kind]) > shown:
-                lines.append("  … all of them: kdcache info")
-    if twins := found["in_train_and_val"]:
-        pairs = _first([f"{train} = {val}" for train, val in twins])
-        lines.append(f"{len(twins)} images of val have the pixels of one in train ({pairs})")
+    for kind, heading in _KINDS.items():
+        entries = found.get(kind) or {}
+        if kind == "gone":
+            entries = dict.fromkeys(entries, "")
+        if kind == "in_train_and_val":
+            entries = {f"train {train}, val {val}": "" for train, val in entries}
+        if not entries:
+            continue
+        lines.append(f"{len(entries)} {heading}:")
+        lines += [
+            f"  {printable(name)}{': ' if why else ''}{why}"
+            for name, why in list(entries.items())[:shown]
+        ]
+        if shown is not None and len(entries) > shown:
+            lines.append(f"  … all of them: {rest}")
     return lines
 
 
-def _first(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+_KINDS = {
+    "skipped": "images skipped",
+    "changed": "images are not what they were when they were extracted; their rows stay as they are "
+    "(another --out takes them as they are now)",
+    "gone": "rows are of images that the dataset does not have: removed since, or of another folder",
+    "doubtful": "masks may not fit their images",
+    "in_train_and_val": "images are in train and in val",
+}
 
 
 def refresh_text(report: RefreshReport) -> str:
@@ -106,9 +108,7 @@ def plan_text(plan: Plan) -> str:
         *plan.check.warnings,
         *plan.check.notes,
     ]
-    return "\n".join(
-        lines + _remarks({**vars(plan), "changed": {}, "in_train_and_val": ()}, _SKIPPED_SHOWN)
-    )
+    return "\n".join(lines + _remarks(vars(plan), _SKIPPED_SHOWN, "kdcache plan --json"))
 
 
 def _check_rows(found: Check) -> list[Sequence[str]]:

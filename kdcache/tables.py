@@ -32,3 +32,8 @@ def duration(seconds: float) -> str:
     if seconds < 100 * 60:
         return f"{seconds / 60:.3g} min"
     return f"{seconds / 3600:.3g} h"
+
+
+def printable(name: str) -> str:
+    """A name on one line: file names may hold newlines and control characters."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in name)

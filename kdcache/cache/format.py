@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -246,32 +247,60 @@ def group_document(attributes: Mapping[str, Any]) -> bytes:
 
 @dataclass(frozen=True, kw_only=True)
 class Remarks:
-    """What the last extraction that ended had to say about its dataset."""
+    """What there is to say about a dataset beside its rows."""
 
     skipped: Mapping[str, str] = field(default_factory=dict)  # sample id or file to reason
     left_out: Mapping[str, int] = field(default_factory=dict)  # reason to number
     changed: Mapping[str, str] = field(default_factory=dict)  # sample id to what its files are now
-    # (train id, val id) of images with the same pixels
+    doubtful: Mapping[str, str] = field(
+        default_factory=dict
+    )  # sample id to why its mask may not fit
+    gone: Sequence[str] = ()  # ids of rows that the dataset does not have
+
+
+@dataclass(frozen=True, kw_only=True)
+class AllRemarks:
+    """The remarks on every dataset that was extracted into a cache, by a key that stands for it."""
+
+    datasets: Mapping[str, Remarks] = field(default_factory=dict)
+    # (train id, val id) of images with the same pixels, over all rows
     in_train_and_val: Sequence[tuple[str, str]] = ()
+
+    def with_one(self, key: str, remarks: Remarks) -> AllRemarks:
+        """The same, but for what was said of that dataset before; doubts are of rows, which stay."""
+        before = self.datasets.get(key, Remarks())
+        remarks = dataclasses.replace(remarks, doubtful={**before.doubtful, **remarks.doubtful})
+        return dataclasses.replace(self, datasets={**self.datasets, key: remarks})
+
+    @property
+    def together(self) -> Remarks:
+        """The remarks of all datasets as of one."""
+        left_out: Counter[str] = Counter()
+        for remarks in self.datasets.values():
+            left_out.update(remarks.left_out)
+        merged = {
+            name: {k: v for one in self.datasets.values() for k, v in getattr(one, name).items()}
+            for name in ("skipped", "changed", "doubtful")
+        }
+        gone = dict.fromkeys(name for one in self.datasets.values() for name in one.gone)
+        return Remarks(**merged, left_out=dict(left_out), gone=list(gone))
 
     def document(self) -> bytes:
         """The zarr.json of the group `skipped`."""
-        record = dataclasses.asdict(self)
-        return signed_document(SKIPPED, {"images": record.pop("skipped"), **record})
+        return signed_document(SKIPPED, dataclasses.asdict(self))
 
 
-def read_remarks(cache: Path) -> Remarks:
-    """The remarks of the last extraction; raises CacheError when they were lost or altered."""
+def read_remarks(cache: Path) -> AllRemarks:
+    """What was remarked so far; raises CacheError when it was lost or altered."""
     path = cache / "skipped" / "zarr.json"
     if not path.is_file():
         raise CacheError(f"{path} was deleted; the next `kdcache extract` writes it again")
     record = _read_signed(path, SKIPPED)
-    return Remarks(
-        skipped=record["images"],
-        # an earlier kdcache noted the skipped images only
-        left_out=record.get("left_out", {}),
-        changed=record.get("changed", {}),
-        in_train_and_val=tuple((train, val) for train, val in record.get("in_train_and_val", ())),
+    # an earlier kdcache knew one dataset, and of the first one the skipped images only
+    datasets = record.get("datasets", {"": {"skipped": record.get("images", {})}})
+    return AllRemarks(
+        datasets={key: Remarks(**remarks) for key, remarks in datasets.items()},
+        in_train_and_val=[(train, val) for train, val in record.get("in_train_and_val", ())],
     )
 
 

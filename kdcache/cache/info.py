@@ -22,7 +22,7 @@ def describe(cache: Cache) -> dict[str, Any]:
         tap.name: sum(size for path, size in stored.items() if path.startswith(tap.folder + "/"))
         for tap in cache.manifest.taps
     }
-    total = sum(stored.values())
+    total, remarks = sum(stored.values()), read_remarks(cache.path)
     return {
         "path": str(cache.path),
         "rows": len(cache),
@@ -56,7 +56,8 @@ def describe(cache: Cache) -> dict[str, Any]:
             for tap in cache.manifest.taps
             if features[tap.name]
         },
-        **dataclasses.asdict(read_remarks(cache.path)),
+        **dataclasses.asdict(remarks.together),
+        "in_train_and_val": remarks.in_train_and_val,
         "fingerprint": dict(cache.manifest.fingerprint),
         "versions": dict(cache.manifest.versions),
     }

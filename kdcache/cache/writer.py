@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -24,6 +24,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
 from kdcache.cache.format import (
+    AllRemarks,
     Commit,
     Remarks,
     Root,
@@ -35,6 +36,7 @@ from kdcache.cache.format import (
     node_digest,
     read_commits,
     read_node,
+    read_remarks,
     read_root,
 )
 from kdcache.cache.layout import ArraySpec, Manifest
@@ -156,9 +158,22 @@ class CacheWriter:
         shard_rows = self.manifest.shard_rows
         self._declare(rows=(self._shard + -(-rows // shard_rows)) * shard_rows)
 
-    def remark(self, remarks: Remarks) -> None:
-        """Store what there is to say about the dataset, in place of what the last writer said."""
-        path, document = self._path / "skipped" / "zarr.json", remarks.document()
+    def remark(
+        self,
+        dataset: str,
+        remarks: Remarks,
+        in_train_and_val: Sequence[tuple[str, str]] = (),
+        replace: bool = True,
+    ) -> None:
+        """Store what there is to say about a dataset; what was said of it before goes if `replace`."""
+        path = self._path / "skipped" / "zarr.json"
+        try:
+            before = read_remarks(self._path)
+        except CacheError:  # lost or altered: `verify` says so, this makes it good
+            before = AllRemarks()
+        if replace or dataset not in before.datasets:
+            before = before.with_one(dataset, remarks)
+        document = dataclasses.replace(before, in_train_and_val=in_train_and_val).document()
         if not path.is_file() or path.read_bytes() != document:
             write_atomic(path, document)
 
@@ -253,7 +268,7 @@ def _create(path: Path, manifest: Manifest) -> None:
     documents = {name: group_document(attributes) for name, attributes in groups.items()}
     documents |= {spec.path: array_document(spec, manifest) for spec in manifest.arrays()}
     nodes = {name: node_digest(json.loads(text)) for name, text in documents.items()}
-    documents["skipped"] = Remarks().document()
+    documents["skipped"] = AllRemarks().document()
     documents["."] = Root(manifest=manifest, nodes=nodes, array_rows=0, shards=0).document()
     path.parent.mkdir(parents=True, exist_ok=True)
     _sweep_staging(path)

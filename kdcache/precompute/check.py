@@ -22,7 +22,7 @@ from kdcache.cache import codecs
 from kdcache.config import YoloInput
 from kdcache.drawing import lit, masked, save, sheet
 from kdcache.errors import ModelError
-from kdcache.imaging import IGNORE, PADDING, PERSON, U8, imagenet_normalised
+from kdcache.imaging import BACKGROUND, IGNORE, PADDING, PERSON, U8, imagenet_normalised
 from kdcache.precompute.sources import Prepared
 from kdcache.precompute.teacher import Teacher
 from kdcache.precompute.yolo import Yolo
@@ -106,14 +106,11 @@ def check(seen: Sequence[Seen], yolo: Yolo | None, teacher: Teacher | None, pict
         _other_teacher_input(scores),
         _other_detector_input(explained, yolo.expects if yolo else ""),
     ]
+    found.append(_nobody(seen))
     warnings = [text for likely, text in found if text and likely]
     own = float(scores[TEACHER_GETS].mean()) if scores else None
     if own is not None and own < _LOW_MIOU:
-        warnings.insert(
-            0,
-            f"the teacher's mIoU is {own:.3f} on the first labelled photos: is it a teacher of this "
-            "task, and are these its images?",
-        )
+        warnings.insert(0, _low(seen, own))
     return Check(
         photos=len(seen),
         teacher_miou=own,
@@ -121,6 +118,36 @@ def check(seen: Sequence[Seen], yolo: Yolo | None, teacher: Teacher | None, pict
         detector={name: float(values.mean()) for name, values in explained.items()},
         warnings=warnings,
         notes=[text for likely, text in found if text and not likely],
+    )
+
+
+def _low(seen: Sequence[Seen], own: float) -> str:
+    """What is wrong with a teacher, or with masks, that agree so little."""
+    agrees = [
+        _miou(-one.logits, one.row.mask)
+        for one in seen
+        if one.logits is not None and (one.row.mask == PERSON).any()
+    ]
+    inverted = float(np.mean(agrees))
+    if inverted > max(_LOW_MIOU, own + _LARGE):
+        return (
+            f"the teacher's mIoU is {own:.3f}, and {inverted:.3f} with its mask inverted: are the masks' "
+            "persons 0 and the rest 1 or 255? Invert the masks then"
+        )
+    return (
+        f"the teacher's mIoU is {own:.3f} on the first labelled photos: is it a teacher of this "
+        "task, and are these its images?"
+    )
+
+
+def _nobody(seen: Sequence[Seen]) -> tuple[bool, str]:
+    """Whether it is likely that the masks were misread, where none has a person; and the words."""
+    labelled = [one for one in seen if np.isin(one.row.mask, (BACKGROUND, PERSON)).any()]
+    if not labelled or any((one.row.mask == PERSON).any() for one in labelled):
+        return False, ""
+    return len(labelled) >= _ENOUGH, (
+        f"none of the {len(labelled)} labelled photos that were looked at has a person in its mask: "
+        "is a person 1 or 255 in the masks?"
     )
 
 

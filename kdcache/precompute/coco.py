@@ -26,24 +26,44 @@ def rasterise(annotations: Sequence[Mapping[str, Any]], height: int, width: int)
     for crowd in (True, False):
         for annotation in annotations:
             if is_crowd(annotation) == crowd:
-                covered = _covered(annotation.get("segmentation"), height, width)
+                try:
+                    covered = _covered(annotation.get("segmentation"), height, width)
+                except _BadSegmentationError as error:
+                    raise SampleError(
+                        f"the segmentation of its COCO annotation {annotation.get('id', '')!r} cannot "
+                        f"be used: {error}; mend or remove that annotation"
+                    ) from error
                 mask[covered] = IGNORE if crowd else PERSON
     return mask
 
 
+# Some exporters write it as text.
+_CROWD = {
+    text: text in ("1", "1.0", "true") for text in ["0", "0.0", "false", "none", "1", "1.0", "true"]
+}
+
+
 def is_crowd(annotation: Mapping[str, Any]) -> bool:
-    """Whether an annotation covers a region of many; some exporters write it as text."""
-    return str(annotation.get("iscrowd", 0)) not in ("0", "0.0", "False", "None")
+    """Whether an annotation, as `read_coco` let it pass, covers a region of many."""
+    return _CROWD[str(annotation.get("iscrowd", 0)).lower()]
+
+
+class _BadSegmentationError(ValueError):
+    """The message is for the person who wrote the file."""
 
 
 def _covered(segmentation: Any, height: int, width: int) -> NDArray[np.bool_]:
     try:
-        if segmentation is None:
-            raise ValueError("there is none")
+        if segmentation is None or segmentation == []:
+            raise _BadSegmentationError("it is empty")
         if isinstance(segmentation, list):
             _check_polygons(segmentation, height, width)
             encoded = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
+        elif not isinstance(segmentation, dict) or not {"counts", "size"} <= segmentation.keys():
+            raise _BadSegmentationError("it is neither polygons nor run lengths (counts and size)")
         elif isinstance(segmentation["counts"], list):
+            if not all(type(count) is int and count >= 0 for count in segmentation["counts"]):
+                raise _BadSegmentationError("its counts are not all whole numbers from 0 on")
             encoded = coco_mask.frPyObjects(segmentation, height, width)
         else:
             encoded = segmentation
@@ -54,25 +74,29 @@ def _covered(segmentation: Any, height: int, width: int) -> NDArray[np.bool_]:
             or min(runs, default=-1) < 0
             or sum(runs) != height * width
         ):
-            raise ValueError(f"its run lengths do not cover {height}×{width} pixels")
+            raise _BadSegmentationError(f"its run lengths do not cover {height}×{width} pixels")
         return np.asarray(coco_mask.decode(encoded), bool)
+    except _BadSegmentationError:
+        raise
     except Exception as error:  # pycocotools raises bare Exceptions
-        raise SampleError(f"its COCO segmentation cannot be read: {error}") from error
+        raise _BadSegmentationError(f"pycocotools cannot decode it ({error})") from error
 
 
 def _check_polygons(polygons: Sequence[Any], height: int, width: int) -> None:
     """pycocotools hangs on NaN, crashes on huge coordinates and drops an odd last number."""
-    if not polygons:
-        raise ValueError("it is empty")
     limit = 10 * (height + width)
-    for polygon in polygons:
-        points = np.asarray(polygon, np.float64)
-        if points.ndim != 1 or points.size < 6 or points.size % 2:
-            raise ValueError(
-                f"a polygon has {points.size} numbers, expected x, y of 3 points or more"
+    for number, polygon in enumerate(polygons):
+        where = f"polygon {number}"
+        if not isinstance(polygon, list) or not all(type(x) in (int, float) for x in polygon):
+            raise _BadSegmentationError(f"{where} is not a flat list of numbers x, y, x, y, …")
+        if len(polygon) < 6 or len(polygon) % 2:
+            raise _BadSegmentationError(
+                f"{where} has {len(polygon)} numbers, expected x, y of 3 points or more"
             )
-        if not (np.abs(points) <= limit).all():
-            raise ValueError(f"a polygon's coordinates are not within ±{limit} px")
+        if not (np.abs(np.asarray(polygon, np.float64)) <= limit).all():
+            raise _BadSegmentationError(
+                f"{where} has coordinates that are not numbers within ±{limit} px"
+            )
 
 
 def _run_lengths(counts: str | bytes) -> list[int]:
@@ -97,49 +121,83 @@ def _run_lengths(counts: str | bytes) -> list[int]:
     return runs
 
 
-_ENTRY_FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
-    "images": {"id": (int, str), "file_name": str, "height": int, "width": int},
+_Kinds = dict[str, tuple[type, ...]]
+_ENTRY_FIELDS: dict[str, _Kinds] = {
+    "images": {"id": (int, str), "file_name": (str,), "height": (int,), "width": (int,)},
     "annotations": {"image_id": (int, str), "category_id": (int, str)},
-    "categories": {"id": (int, str), "name": str},
+    "categories": {"id": (int, str), "name": (str,)},
 }
+_KINDS = {int: "a whole number", str: "text"}
 _LARGEST_SIDE_PX = 100_000
 
 
-def read_coco(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """The three lists of a COCO file, each entry checked for the fields that are used of it."""
+class _BadEntryError(ValueError):
+    """The message says what is wrong with an entry of a list."""
+
+
+def read_coco(path: Path) -> tuple[dict[str, list[dict[str, Any]]], dict[str, str]]:
+    """The three lists of a COCO file, each entry checked for the fields that are used of it.
+
+    Beside them the images that cannot be used, by name, with the reason. Raises DatasetError where
+    it is no such file, or where an annotation or category is wrong: leaving one out would make a
+    person background.
+    """
     if not path.is_file():
         raise DatasetError(f"--coco {path}: no such file")
     try:
         document = json.loads(path.read_bytes())
         missing = [key for key in _ENTRY_FIELDS if not isinstance(document.get(key), list)]
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise DatasetError(f"--coco {path}: not a JSON object: {error}") from error
     if missing:
         raise DatasetError(
             f"--coco {path}: no list {' or '.join(missing)} in it; expected COCO instances JSON"
         )
+    kept: dict[str, list[dict[str, Any]]] = {}
+    refused: dict[str, str] = {}
     for kind, fields in _ENTRY_FIELDS.items():
+        kept[kind] = []
         for number, entry in enumerate(document[kind]):
-            _check_entry(f"--coco {path}: {kind}[{number}]", entry, fields)
-    return dict(document)
+            where = f"{kind}[{number}]"
+            try:
+                kept[kind].append(_checked(entry, fields))
+            except _BadEntryError as error:
+                if kind != "images":
+                    raise DatasetError(f"--coco {path}: {where}: {error}") from error
+                name = entry.get("file_name") if isinstance(entry, dict) else None
+                refused[f"{where} of {path.name}" + (f" ({name!a})" if name else "")] = str(error)
+    if refused and not kept["images"]:
+        where, why = next(iter(refused.items()))
+        raise DatasetError(f"--coco {path}: no entry of images can be used; {where}: {why}")
+    return kept, refused
 
 
-def _check_entry(where: str, entry: Any, fields: Mapping[str, type | tuple[type, ...]]) -> None:
+def _checked(entry: Any, fields: _Kinds) -> dict[str, Any]:
+    """The entry, 640.0 made the whole number it is; raises _BadEntryError."""
     if not isinstance(entry, dict):
-        raise DatasetError(f"{where}: expected an object, it is {entry!r}")
-    for name, kind in fields.items():
-        if not isinstance(entry.get(name), kind) or entry[name] == "":
-            raise DatasetError(f"{where}: {name} is {entry.get(name)!r}; expected COCO's {name}")
-        if name in ("height", "width") and not 0 < entry[name] <= _LARGEST_SIDE_PX:
-            raise DatasetError(
-                f"{where}: {name} is {entry[name]}; expected 1 to {_LARGEST_SIDE_PX} px"
-            )
-    file_name = entry.get("file_name", "")
+        raise _BadEntryError(f"expected an object, it is {entry!r}")
+    for name, kinds in fields.items():
+        value: Any = entry.get(name)
+        if isinstance(value, float) and value.is_integer():
+            entry[name] = value = int(value)
+        if type(value) not in kinds or value == "":
+            expected = " or ".join(_KINDS[kind] for kind in kinds)
+            raise _BadEntryError(f"{name} is {value!r}, expected {expected}")
+        if name in ("height", "width") and not 0 < value <= _LARGEST_SIDE_PX:
+            raise _BadEntryError(f"{name} is {value}, expected 1 to {_LARGEST_SIDE_PX} px")
+    if str(entry.get("iscrowd", 0)).lower() not in _CROWD:
+        raise _BadEntryError(f"iscrowd is {entry['iscrowd']!r}, expected 0 or 1")
+    if "file_name" in fields:
+        _check_name(entry["file_name"])
+    return entry
+
+
+def _check_name(name: str) -> None:
     try:
-        file_name.encode()
+        name.encode()
     except UnicodeEncodeError as error:  # neither stored as a sample id nor printed
-        raise DatasetError(
-            f"{where}: the file name {file_name!a} is not valid UTF-8; rename it"
-        ) from error
-    if file_name.startswith("/") or ".." in Path(file_name).parts:
-        raise DatasetError(f"{where}: file_name {file_name!r} leads out of the --images folder")
+        raise _BadEntryError("its file name is not valid UTF-8; rename it") from error
+    if "\0" in name:
+        raise _BadEntryError("its file name holds a NUL, which no file can have")
+    if name.startswith("/") or ".." in Path(name).parts:
+        raise _BadEntryError(f"its file name {name!r} leads out of the --images folder")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import posixpath
 import stat
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kdcache.errors import DatasetError, SampleError
-from kdcache.imaging import IGNORE, IMAGE_SUFFIXES, U8, decode_mask
+from kdcache.imaging import IGNORE, IMAGE_SUFFIXES, OTHER_IMAGE_SUFFIXES, U8, decode_mask
 from kdcache.precompute.coco import PERSON_CATEGORY, is_crowd, rasterise, read_coco
 
 
@@ -49,19 +50,19 @@ class Sample:
         drawn = [[a.get("segmentation"), is_crowd(a)] for a in self.annotations]
         return Source(image, json.dumps(drawn).encode())
 
-    def mask(self, label: bytes, height: int, width: int) -> U8:
+    def mask(self, label: bytes, height: int, width: int, orientation: int = 1) -> U8:
         """The (height, width) mask of the decoded image: 0, 1 (person), 255 (crowd, or no label).
 
-        `label` is what `read` gave. Raises SampleError when the mask is for an image of another
-        size: scaling it in silence would hide a wrong pairing or an EXIF rotation that the mask
-        does not know of.
+        `label` is what `read` gave, `orientation` the EXIF one that the image was decoded with.
+        Raises SampleError when the mask is for an image of another size: scaling it in silence
+        would hide a wrong pairing or an EXIF rotation that the mask does not know of.
         """
         if not self.labelled:
             return np.full((height, width), IGNORE, np.uint8)
         mask = None if self.mask_path is None else decode_mask(label)
         size = self.annotated_size_px if mask is None else mask.shape
         if size != (height, width):
-            turned = size == (width, height)
+            turned = size == (width, height) and orientation > 4
             found = "not stated" if size is None else f"{size[0]}×{size[1]}"
             raise SampleError(
                 f"mask is {found}, the image {height}×{width}"
@@ -70,11 +71,21 @@ class Sample:
             )
         return rasterise(self.annotations, height, width) if mask is None else mask
 
+    def may_be_turned(self, height: int, width: int, orientation: int) -> str:
+        """Why the mask may lie otherwise than the image, which its size does not tell; or nothing."""
+        if not self.labelled or orientation == 1 or (orientation > 4 and height != width):
+            return ""
+        return (
+            f"EXIF turns or mirrors the photo (orientation {orientation}), and the size of the mask "
+            "does not tell whether it was drawn on the turned photo"
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
     """The samples to extract, in order, and what became of everything else."""
 
+    images: Path  # the folder they are below
     samples: Sequence[Sample]
     # name to reason, of files that were meant as samples and can be none: reported as skipped
     refused: Mapping[str, str] = field(default_factory=dict)
@@ -88,7 +99,8 @@ def folder_dataset(images: Path, masks: Path) -> Dataset:
     without an image are counted. Raises DatasetError when nothing pairs, before any model is
     loaded.
     """
-    found, found_masks = _listed(images, "--images"), _listed(masks, "--masks")
+    found = _listed(images, "--images", but=masks)
+    found_masks = _listed(masks, "--masks", but=images)
     by_stem, masks_by_stem = _by_stem(found.files), _by_stem(found_masks.files)
     samples: list[Sample] = []
     refused = found.refused | {f"mask {name}": why for name, why in found_masks.refused.items()}
@@ -119,7 +131,7 @@ def folder_dataset(images: Path, masks: Path) -> Dataset:
         )
     left_out = Counter(found.left_out)
     left_out[f"masks without an image in {images}"] = without_image
-    return Dataset(samples=samples, refused=refused, left_out=dict(left_out))
+    return Dataset(images=images, samples=samples, refused=refused, left_out=dict(left_out))
 
 
 def unlabelled_dataset(images: Path) -> Dataset:
@@ -128,7 +140,9 @@ def unlabelled_dataset(images: Path) -> Dataset:
     samples = [
         Sample(sample_id=name, image_path=images / name, labelled=False) for name in found.files
     ]
-    return Dataset(samples=samples, refused=found.refused, left_out=dict(found.left_out))
+    return Dataset(
+        images=images, samples=samples, refused=found.refused, left_out=dict(found.left_out)
+    )
 
 
 def coco_dataset(
@@ -142,29 +156,30 @@ def coco_dataset(
     """
     if not images.is_dir():
         raise DatasetError(f"--images {images}: no such folder")
-    document = read_coco(annotations)
+    document, refused = read_coco(annotations)
     ids = {str(c["id"]) for c in document["categories"] if c["name"] == category}
     if not ids:
-        names = ", ".join(sorted(c["name"] for c in document["categories"])[:10])
-        raise DatasetError(f"{annotations} has no category {category!r}; it has {names}")
+        names = ", ".join(sorted(c["name"] for c in document["categories"])[:10]) or "none"
+        raise DatasetError(
+            f"{annotations} has no category {category!r}; it has {names} (--set category=NAME)"
+        )
     by_image: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for annotation in document["annotations"]:
         if str(annotation["category_id"]) in ids:
             by_image[str(annotation["image_id"])].append(annotation)
     listed = Counter(str(image["id"]) for image in document["images"])
-    named = Counter(image["file_name"] for image in document["images"])
+    named = Counter(posixpath.normpath(image["file_name"]) for image in document["images"])
     left_out = Counter({f"no {category} in it": 0})
     left_out[f"{category} annotations of images that {annotations.name} does not list"] = sum(
         len(entries) for image_id, entries in by_image.items() if image_id not in listed
     )
     samples: list[Sample] = []
-    refused: dict[str, str] = {}
     for image in sorted(document["images"], key=lambda image: image["file_name"]):
         name, instances = image["file_name"], by_image[str(image["id"])]
         if not all_images and all(is_crowd(instance) for instance in instances):
             left_out[f"no {category} in it"] += 1
-        elif named[name] > 1 or listed[str(image["id"])] > 1:
-            what = "its name" if named[name] > 1 else f"its id {image['id']!r}"
+        elif named[posixpath.normpath(name)] > 1 or listed[str(image["id"])] > 1:
+            what = "its name" if named[posixpath.normpath(name)] > 1 else f"its id {image['id']!r}"
             refused[name] = f"{annotations.name} lists {what} more than once: whose masks are they?"
         else:
             samples.append(
@@ -176,13 +191,14 @@ def coco_dataset(
                 )
             )
     if not samples:
-        raise DatasetError(f"{annotations} lists no image with a {category} that can be used")
-    if not any(sample.image_path.is_file() for sample in samples):
+        why = "".join(f"; {name}: {reason}" for name, reason in list(refused.items())[:3])
+        raise DatasetError(f"{annotations} lists no image with a {category} that can be used{why}")
+    if not any(os.path.isfile(sample.image_path) for sample in samples):
         raise DatasetError(
             f"none of the {len(samples)} images that {annotations} lists is in {images} "
             f"(first: {samples[0].sample_id}); point --images at the folder of its files"
         )
-    return Dataset(samples=samples, refused=refused, left_out=dict(left_out))
+    return Dataset(images=images, samples=samples, refused=refused, left_out=dict(left_out))
 
 
 def split_of(sample_id: str, val_fraction: float, seed: int) -> str:
@@ -200,8 +216,9 @@ def _read_file(path: Path, what: str) -> bytes:
         if not stat.S_ISREG(path.stat().st_mode):
             raise SampleError(f"{what} is not a regular file ({path})")
         return path.read_bytes()
-    except OSError as error:
-        raise SampleError(f"{what} cannot be read: {error.strerror} ({path})") from error
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        why = error.strerror if isinstance(error, OSError) else error
+        raise SampleError(f"{what} cannot be read: {why} ({path})") from error
 
 
 class _Listing(NamedTuple):
@@ -210,18 +227,22 @@ class _Listing(NamedTuple):
     left_out: Counter[str]
 
 
-def _listed(folder: Path, option: str) -> _Listing:
-    """The image files below a folder; raises DatasetError when there is none."""
+def _listed(folder: Path, option: str, but: Path | None = None) -> _Listing:
+    """The image files below a folder, but not in `but`; raises DatasetError when there is none."""
     if not folder.is_dir():
         raise DatasetError(f"{option} {folder}: no such folder")
     files: list[str] = []
     refused: dict[str, str] = {}
     left_out: Counter[str] = Counter()
-    for path, problem in _walk(folder, ()):
+    for path, problem in _walk(folder, (), but):
         name = path.relative_to(folder).as_posix()
         suffix = path.suffix.lower()
         if problem:
             refused[_printable(name)] = problem
+        elif suffix in OTHER_IMAGE_SUFFIXES:
+            refused[_printable(name)] = (
+                f"{suffix.removeprefix('.').upper()} is not supported: convert it to JPEG or PNG"
+            )
         elif suffix not in IMAGE_SUFFIXES:
             left_out[f"files of suffix {_printable(suffix) or '(none)'}, not an image's"] += 1
         elif _printable(name) != name:
@@ -238,7 +259,9 @@ def _listed(folder: Path, option: str) -> _Listing:
     return _Listing(sorted(files), refused, left_out)
 
 
-def _walk(folder: Path, above: tuple[tuple[int, int], ...]) -> Iterator[tuple[Path, str]]:
+def _walk(
+    folder: Path, above: tuple[tuple[int, int], ...], but: Path | None
+) -> Iterator[tuple[Path, str]]:
     """Every file below a folder, and what is wrong with it; links are followed, but not in circles."""
     try:
         own = folder.stat()
@@ -257,7 +280,8 @@ def _walk(folder: Path, above: tuple[tuple[int, int], ...]) -> Iterator[tuple[Pa
         if (status.st_dev, status.st_ino) in above:
             yield path, "a link to a folder that it is in itself"
         elif stat.S_ISDIR(status.st_mode):
-            yield from _walk(path, above)
+            if but is None or not os.path.samestat(status, but.stat()):
+                yield from _walk(path, above, but)
         else:
             yield path, "" if stat.S_ISREG(status.st_mode) else "not a regular file"
 

@@ -6,6 +6,7 @@ with the dataset.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import logging
 import time
@@ -56,7 +57,8 @@ class ExtractReport:
     left_out: Mapping[str, int]
     # sample id to what its files are now, of rows that stay as they were
     changed: Mapping[str, str]
-    gone: Sequence[str]  # ids of rows that the dataset no longer has
+    doubtful: Mapping[str, str]  # sample id to why its mask may not fit it
+    gone: Sequence[str]  # ids of rows that the dataset does not have
     in_train_and_val: Sequence[tuple[str, str]]  # ids of images with the same pixels
     seconds: float  # all of it, loading the models included
     images_per_s: float  # without the loading
@@ -109,17 +111,20 @@ def extract(
 
         with Progress("extract", len(job.todo), "image", shown=progress, facts=facts) as bar:
             run(rows, job.yolo, job.teacher, writer, size, tally, bar, stop)
-        if stop.asked:
-            raise KeyboardInterrupt
         writer.commit()
         total = len(writer.committed)
         remarks = Remarks(
             skipped=tally.skipped,
             left_out=dataset.left_out,
             changed=old,
-            in_train_and_val=twins(tally.pixels.items()),
+            doubtful=tally.doubtful,
+            gone=gone(job.planned, job.known) if limit is None else [],
         )
-        writer.remark(remarks)
+        same = twins(tally.pixels.items())
+        # a stopped run has not seen all of the dataset
+        writer.remark(_key(dataset, split), remarks, same, replace=not stop.asked)
+        if stop.asked:
+            raise KeyboardInterrupt
     ended = time.monotonic()
     cache = Cache(out)
     new_commits = [commit for commit in cache.commits if job.known.keys().isdisjoint(commit.keys)]
@@ -129,12 +134,17 @@ def extract(
         rows_added=total - before,
         rows_total=total,
         rows_found=len(job.planned) - len(job.todo),
-        gone=gone(job.planned, job.known) if limit is None else [],
+        in_train_and_val=same,
         seconds=ended - started,
         images_per_s=(total - before) / (ended - models_ready),
         bytes_added=sum(o.size_bytes for commit in new_commits for o in commit.objects.values()),
         **vars(remarks),
     )
+
+
+def _key(dataset: Dataset, split: str) -> str:
+    """Stands for a dataset in the cache's remarks, without telling where it lies."""
+    return hashlib.sha256(f"{split}: {dataset.images.resolve()}".encode()).hexdigest()[:16]
 
 
 def _look(first: Sequence[Prepared], job: Job, out: Path) -> None:

@@ -18,7 +18,7 @@ from kdcache.cache.format import RowKey, describe_row
 from kdcache.cache.layout import IMAGE, MASK, ROWS, Manifest, TapSpec
 from kdcache.cache.reader import Cache
 from kdcache.config import ExtractConfig, Precision
-from kdcache.errors import CacheError, ConfigError
+from kdcache.errors import CacheError, ConfigError, SampleError
 from kdcache.imaging import INTERPOLATION
 from kdcache.precompute.coco import PERSON_CATEGORY
 from kdcache.precompute.dataset import Dataset, Sample, split_of
@@ -113,10 +113,16 @@ def _refuse_second_split(
     split_of_id = {key.sample_id: key.split for key in known}
     for key, sample in planned:
         split = split_of_id.get(key.sample_id, key.split)
-        if split == key.split or key in known or not sample.image_path.is_file():
+        if split == key.split or key in known:
             continue
-        digest = hashlib.sha256(sample.image_path.read_bytes()).hexdigest()
-        if digest == known[key._replace(split=split)].image_sha256:
+        other = known[key._replace(split=split)]
+        try:
+            if sample.image_path.stat().st_size != other.image_bytes:
+                continue
+            image = sample.read().image
+        except (OSError, ValueError, SampleError):
+            continue  # it cannot be a row, which the extraction will say
+        if hashlib.sha256(image).hexdigest() == other.image_sha256:
             raise ConfigError(
                 f"{key.sample_id} is in {out} as {split}, now it would be added as {key.split} "
                 "too; use the --val-fraction, seed and --split it was extracted with"

@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 from kdcache.cache.format import RowKey
 from kdcache.config import ResizeMode
 from kdcache.errors import CacheError, DatasetError, SampleError
-from kdcache.imaging import U8, decode_image, place, resize_image, resize_mask
+from kdcache.imaging import U8, decode_image, exif_orientation, place, resize_image, resize_mask
 from kdcache.precompute.dataset import Sample
 from kdcache.progress import Progress
 from kdcache.stop import StopRequest
+from kdcache.tables import printable
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +31,7 @@ class Prepared(NamedTuple):
     image: U8  # (H, W, 3)
     mask: U8  # (H, W)
     details: dict[str, Any]
+    doubt: str = ""  # why the mask may not fit the image
 
 
 class Tally:
@@ -37,6 +39,7 @@ class Tally:
 
     def __init__(self, strict: bool) -> None:
         self.skipped: dict[str, str] = {}  # sample id or file name to reason
+        self.doubtful: dict[str, str] = {}  # sample id to why its mask may not fit it
         self.pixels: dict[RowKey, str] = {}  # `pixels_sha256` of the rows there are
         self.handled = 0
         self._strict = strict
@@ -44,6 +47,8 @@ class Tally:
     def written(self, row: Prepared) -> None:
         """The sample is a row now."""
         self.pixels[row.key] = row.details["pixels_sha256"]
+        if row.doubt:
+            self.doubtful[row.key.sample_id] = row.doubt
         self.handled += 1
 
     def skip(self, sample_id: str, reason: str) -> None:
@@ -57,7 +62,7 @@ class Tally:
             raise DatasetError(f"{name}: {reason} (--strict stops here)")
         self.skipped[name] = reason
         if len(self.skipped) <= _WARNINGS:
-            log.warning("skipped %s: %s", name, reason)
+            log.warning("skipped %s: %s", printable(name), reason)
         if len(self.skipped) == _WARNINGS:
             log.warning("further ones are listed at the end")
 
@@ -95,18 +100,21 @@ def _decoded(key: RowKey, sample: Sample, size_px: int, resize: ResizeMode) -> P
     source = sample.read()
     image = decode_image(source.image)
     height, width = image.shape[:2]
-    mask = sample.mask(source.label, height, width)
+    orientation = exif_orientation(source.image)
+    mask = sample.mask(source.label, height, width, orientation)
     where = place(height, width, size_px, resize)
     details = {
         "source_bytes": len(source.image),
         "source_sha256": _sha256(source.image),
         "label_sha256": _sha256(source.label),
-        "pixels_sha256": _sha256(json.dumps(image.shape).encode() + image.tobytes()),
+        "pixels_sha256": _sha256(json.dumps(image.shape).encode(), image.data),
         "source_height_px": height,
         "source_width_px": width,
         "placed_px": [where.top_px, where.left_px, where.height_px, where.width_px],
+        "exif_orientation": orientation,
     }
-    return Prepared(key, resize_image(image, where), resize_mask(mask, where), details)
+    doubt = sample.may_be_turned(height, width, orientation)
+    return Prepared(key, resize_image(image, where), resize_mask(mask, where), details, doubt)
 
 
 class Digests(NamedTuple):
@@ -146,7 +154,7 @@ def changed(
         changes = pool.map(lambda pair: _change(*pair), committed)
         for number, ((sample, _), what) in enumerate(zip(committed, changes, strict=True), 1):
             if what:
-                log.warning("%s: %s", sample.sample_id, what)
+                log.warning("%s: %s", printable(sample.sample_id), what)
                 found[sample.sample_id] = what
             bar.reach(number)
             if stop.asked:
@@ -172,13 +180,23 @@ def _change(sample: Sample, known: Digests) -> str:
 def twins(rows: Iterable[tuple[RowKey, str]]) -> list[tuple[str, str]]:
     """(train id, val id) of images with the same pixels, from keys and `pixels_sha256`.
 
-    A photo on both sides makes the validation score look better than it is.
+    A photo on both sides makes the validation score look better than it is. Each such photo is in
+    one pair at least.
     """
-    first: dict[str, dict[str, str]] = {}
+    ids_of: dict[str, dict[str, list[str]]] = {}
     for key, digest in rows:
-        first.setdefault(digest, {}).setdefault(key.split, key.sample_id)
-    return [(ids["train"], ids["val"]) for ids in first.values() if {"train", "val"} <= ids.keys()]
+        ids_of.setdefault(digest, {}).setdefault(key.split, []).append(key.sample_id)
+    pairs = []
+    for ids in ids_of.values():
+        train, val = ids.get("train", []), ids.get("val", [])
+        if train and val:
+            longest = max(len(train), len(val))
+            pairs += [(train[n % len(train)], val[n % len(val)]) for n in range(longest)]
+    return pairs
 
 
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+def _sha256(*parts: bytes | memoryview) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()

@@ -31,7 +31,7 @@ def pristine(tmp_path_factory):
         with CacheWriter(folder / name, MANIFEST) as writer:
             for number in range(first, first + ROWS):
                 writer.append(*make_row(number))
-            writer.remark(Remarks(skipped={"broken.jpg": "cannot be decoded"}))
+            writer.remark("photos", Remarks(skipped={"broken.jpg": "cannot be decoded"}))
     return folder
 
 

@@ -172,8 +172,26 @@ def test_lost_list_of_skipped_images_is_written_again(tmp_path, damage):
     with pytest.raises(CacheError, match="skipped"):
         read_remarks(tmp_path / "c")
     with CacheWriter(tmp_path / "c", MANIFEST) as writer:
-        writer.remark(Remarks())
-    assert read_remarks(tmp_path / "c") == Remarks()
+        writer.remark("photos", Remarks(skipped={"a.jpg": "empty"}))
+    assert read_remarks(tmp_path / "c").together == Remarks(skipped={"a.jpg": "empty"}, gone=[])
+
+
+def test_remarks_on_one_dataset_leave_those_on_another(tmp_path):
+    write(tmp_path / "c", range(2))
+    first = Remarks(skipped={"a.jpg": "empty", "b.jpg": "empty"}, left_out={"no person": 2})
+    second = Remarks(skipped={"c.jpg": "truncated"}, left_out={"no person": 1}, gone=["d.jpg"])
+    with CacheWriter(tmp_path / "c", MANIFEST) as writer:
+        writer.remark("train", first)
+        writer.remark("val", second, [("e.jpg", "f.jpg")])
+        # a run that was stopped half way
+        writer.remark("train", Remarks(), [("e.jpg", "f.jpg")], replace=False)
+    found = read_remarks(tmp_path / "c")
+    assert found.together.skipped == first.skipped | second.skipped
+    assert found.together.left_out == {"no person": 3}
+    assert (found.together.gone, found.in_train_and_val) == (["d.jpg"], [("e.jpg", "f.jpg")])
+    with CacheWriter(tmp_path / "c", MANIFEST) as writer:
+        writer.remark("train", Remarks())
+    assert read_remarks(tmp_path / "c").together.skipped == second.skipped
 
 
 @pytest.mark.parametrize("lose", ["folder", "records"])

@@ -162,7 +162,11 @@ def test_two_photos_tell_a_scale_but_no_shade():
 def test_bad_teacher_is_said_and_unlabelled_photos_are_no_reason(standins, tmp_path):
     photos = rows(standins)
     wrong = [row._replace(mask=(1 - row.mask.astype(np.uint8))) for row in photos]
-    assert "mIoU is 0." in looked(standins, tmp_path, wrong).warnings[0]
+    assert "with its mask inverted" in looked(standins, tmp_path, wrong).warnings[0]
+    moved = [row._replace(mask=np.roll(row.mask, SIZE // 2, axis=0)) for row in photos]
+    assert "is it a teacher of this task" in looked(standins, tmp_path, moved).warnings[0]
+    empty = [row._replace(mask=np.zeros_like(row.mask)) for row in photos]
+    assert "has a person in its mask" in looked(standins, tmp_path, empty).warnings[0]
     blank = [row._replace(mask=np.full_like(row.mask, IGNORE)) for row in photos]
     found = looked(standins, tmp_path, blank)
     assert (found.teacher_miou, found.teacher) == (None, {})

@@ -17,6 +17,7 @@ from pycocotools import mask as coco_mask
 
 from kdcache.cache.format import read_remarks
 from kdcache.cache.reader import Cache
+from kdcache.errors import DatasetError
 from kdcache.precompute.dataset import Dataset, coco_dataset, folder_dataset
 from kdcache.precompute.extract import extract
 
@@ -64,12 +65,27 @@ def frames(kind: str) -> bytes:
     return saved(RGB, kind, save_all=True, append_images=[Image.new("RGB", RGB.size)])
 
 
+PERSON = noise(HEIGHT, WIDTH) > 127
+SHAPE_IN_ALPHA = Image.fromarray(
+    np.dstack([np.zeros((HEIGHT, WIDTH, 3)), PERSON * 255]).astype(np.uint8)
+)
+
+
+def palette_mask(white_first: bool = False, colour: tuple[int, int, int] = (255, 255, 255)):
+    """`PERSON` as a picture of two colours of a palette."""
+    mask = Image.fromarray((PERSON ^ white_first).astype(np.uint8))
+    mask.putpalette([*colour, 0, 0, 0] if white_first else [0, 0, 0, *colour])
+    return mask
+
+
 # file name to bytes, of images that become rows; all have a mask of their own size
 GOOD_IMAGES: dict[str, bytes] = {
     "plain.jpg": JPEG,
     "plain.png": PNG,
     "UPPER.JPG": JPEG,
     "plain.jpeg": JPEG,
+    "plain.jpe": JPEG,
+    "plain.jfif": JPEG,
     "plain.webp": saved(RGB, "WEBP"),
     "lossless.webp": saved(RGB, "WEBP", lossless=True),
     "plain.bmp": saved(RGB, "BMP"),
@@ -91,7 +107,6 @@ GOOD_IMAGES: dict[str, bytes] = {
     "lab.tif": saved(RGB.convert("LAB"), "TIFF"),
     "16_bit.png": wide("uint16", "PNG", 257),
     "16_bit.tif": wide("uint16", "TIFF", 257),
-    "32_bit_of_16.tif": wide("int32", "TIFF", 257),
     "really_png.jpg": PNG,
     "really_jpeg.png": JPEG,
     "animated.webp": frames("WEBP"),
@@ -119,7 +134,7 @@ GOOD_IMAGES: dict[str, bytes] = {
 }
 # file name to (bytes, reason)
 BAD_IMAGES: dict[str, tuple[bytes, str]] = {
-    "empty.jpg": (b"", "empty"),
+    "empty.jpg": (b"", "the image file is empty"),
     "empty.png": (b"", "empty"),
     "truncated.jpg": (JPEG[: len(JPEG) // 2], "truncated"),
     "truncated.png": (PNG[: len(PNG) // 2], "truncated"),
@@ -128,15 +143,21 @@ BAD_IMAGES: dict[str, tuple[bytes, str]] = {
     "truncated.tif": (saved(RGB, "TIFF")[:500], "cannot be decoded"),
     "header_only.jpg": (JPEG[:20], "cannot be decoded"),
     "flipped.png": (flipped(PNG, len(PNG) // 2), "cannot be decoded"),
-    "zeros.jpg": (bytes(5000), "no image format"),
-    "text.jpg": (b"this is no image\n" * 40, "no image format"),
-    "html.jpg": (b"<html>404 Not Found</html>", "no image format"),
-    "._resource_fork.jpg": (b"\x00\x05\x16\x07" + bytes(4000), "no image format"),
-    "git_lfs.png": (b"version https://git-lfs.github.com/spec/v1\n", "no image format"),
-    "pickle.png": (b"\x80\x04\x95", "no image format"),
+    "zeros.jpg": (bytes(5000), "it is no JPEG, PNG"),
+    "text.jpg": (b"this is no image\n" * 40, "it is no JPEG, PNG"),
+    "html.jpg": (b"<html>404 Not Found</html>", "it is no JPEG, PNG"),
+    "._resource_fork.jpg": (b"\x00\x05\x16\x07" + bytes(4000), "it is no JPEG, PNG"),
+    "git_lfs.png": (b"version https://git-lfs.github.com/spec/v1\n", "it is no JPEG, PNG"),
+    "pickle.png": (b"\x80\x04\x95", "it is no JPEG, PNG"),
     "bomb.png": (png_claiming(60_000, 60_000), "pixels"),
     "zero_wide.png": (png_claiming(0, 10), "cannot be decoded"),
     "float.tif": (wide("float32", "TIFF"), "8- or 16-bit"),
+    "32_bit_of_8.tif": (wide("int32", "TIFF"), "8- or 16-bit"),
+    "32_bit_of_16.tif": (wide("int32", "TIFF", 257), "8- or 16-bit"),
+    "really_gif.jpg": (saved(RGB, "GIF"), "it is no JPEG, PNG"),
+    "really_eps.jpg": (saved(RGB, "EPS"), "it is no JPEG, PNG"),
+    "phone.HEIC": (b"ftypheic", "HEIC is not supported"),
+    "moving.gif": (saved(RGB, "GIF"), "GIF is not supported"),
     "negative.tif": (wide("int32", "TIFF", -1), "8- or 16-bit"),
     "24_bit.tif": (wide("int32", "TIFF", 60_000), "8- or 16-bit"),
     "exif_6.jpg": (exif(6), "rotate the mask"),
@@ -144,11 +165,14 @@ BAD_IMAGES: dict[str, tuple[bytes, str]] = {
 }
 # stem to (bytes of its mask, reason); the image is good
 BAD_MASKS: dict[str, tuple[bytes, str]] = {
-    "mask_empty": (b"", "empty"),
-    "mask_truncated": (saved(RGB.convert("L"), "PNG")[:200], "cannot be decoded"),
-    "mask_text": (b"not a mask", "no image format"),
+    "mask_empty": (b"", "the mask file is empty"),
+    "mask_truncated": (saved(RGB.convert("L"), "PNG")[:200], "the mask cannot be decoded"),
+    "mask_text": (b"not a mask", "the mask cannot be decoded: it is no JPEG, PNG"),
+    "mask_bomb": (png_claiming(60_000, 60_000), "the mask cannot be decoded"),
+    "mask_in_alpha": (saved(SHAPE_IN_ALPHA, "PNG"), "alpha channel"),
+    "mask_in_grey_alpha": (saved(SHAPE_IN_ALPHA.convert("LA"), "PNG"), "alpha channel"),
     "mask_small": (saved(Image.new("L", (20, 20)), "PNG"), r"mask is 20×20, the image 40×60"),
-    "mask_turned": (saved(Image.new("L", (HEIGHT, WIDTH)), "PNG"), "rotate the mask"),
+    "mask_turned": (saved(Image.new("L", (HEIGHT, WIDTH)), "PNG"), "mask is 60×40, the image"),
     "mask_classes": (saved(Image.fromarray(noise(HEIGHT, WIDTH) % 21), "PNG"), "values 0, 1, 2"),
     "mask_half": (saved(Image.new("L", (WIDTH, HEIGHT), 128), "PNG"), "values 128"),
     "mask_jpeg": (saved(RGB.convert("L"), "JPEG"), "values 0, 1, 2"),
@@ -165,6 +189,10 @@ GOOD_MASKS: dict[str, Callable[[], bytes]] = {
     "mask_none": lambda: saved(Image.new("L", (WIDTH, HEIGHT)), "PNG"),
     "mask_all": lambda: saved(Image.new("L", (WIDTH, HEIGHT), 255), "PNG"),
     "mask_grey_rgb": lambda: saved(Image.new("RGB", (WIDTH, HEIGHT), (255,) * 3), "PNG"),
+    "mask_opaque": lambda: saved(Image.new("RGBA", (WIDTH, HEIGHT), (255,) * 4), "PNG"),
+    "mask_palette": lambda: saved(palette_mask(white_first=False), "PNG"),
+    "mask_palette_white_first": lambda: saved(palette_mask(white_first=True), "PNG"),
+    "mask_palette_voc": lambda: saved(palette_mask(colour=(128, 0, 0)), "PNG"),
     "mask_bmp": lambda: saved(Image.new("L", (WIDTH, HEIGHT), 255), "BMP"),
 }
 PLAIN_MASK = saved(Image.fromarray(noise(HEIGHT, WIDTH) // 128), "PNG")
@@ -234,7 +262,7 @@ def test_nothing_is_dropped_in_silence(extracted):
 
 def test_a_second_run_says_the_same(extracted):
     _, report, again, cache = extracted
-    assert again.skipped == report.skipped == read_remarks(cache.path).skipped
+    assert again.skipped == report.skipped == read_remarks(cache.path).together.skipped
     assert (again.rows_added, again.changed) == (0, {})
 
 
@@ -243,10 +271,34 @@ def test_rows_hold_the_pixels_of_their_files(extracted):
     rows = {short(row.sample_id): row for row in cache}
     for name in ("plain.png", "alpha.png", "plain.bmp", "plain.tif", "really_png.jpg"):
         assert np.array_equal(rows[name].image, rows["lossless.webp"].image), name
-    for name in ("16_bit.png", "16_bit.tif", "32_bit_of_16.tif"):
+    for name in ("16_bit.png", "16_bit.tif"):
         grey = Image.fromarray(noise(HEIGHT, WIDTH)).resize((4, 4), Image.Resampling.BOX)
         assert rows[name].image.std() > 10, name
         assert abs(int(rows[name].image.mean()) - int(np.asarray(grey).mean())) < 10, name
+
+
+def test_palettes_are_read_by_what_they_mean(extracted):
+    """Black and white by their colours, whichever comes first; other palettes by their indices."""
+    masks = {Path(row.sample_id).stem: row.mask for row in extracted[-1]}
+    for name in ("mask_palette_white_first", "mask_palette_voc"):
+        assert np.array_equal(masks[name], masks["mask_palette"]), name
+    assert 0.3 < masks["mask_palette"].mean() < 0.7
+
+
+def test_photos_that_exif_turns_within_their_size_are_doubtful(extracted):
+    _, report, again, cache = extracted
+    assert again.doubtful == {}  # it wrote no row
+    assert {short(name) for name in report.doubtful} == {"exif_3.jpg"}
+    assert read_remarks(cache.path).together.doubtful == report.doubtful
+    assert "orientation 3" in next(iter(report.doubtful.values()))
+
+
+def test_masks_below_the_images_are_no_photos(tmp_path):
+    put(tmp_path / "d/a.jpg", JPEG)
+    put(tmp_path / "d/masks/a.png", PLAIN_MASK)
+    dataset = folder_dataset(tmp_path / "d", tmp_path / "d/masks")
+    assert [sample.sample_id for sample in dataset.samples] == ["a.jpg"]
+    assert dataset.refused == {}
 
 
 def test_one_pixel_and_a_very_long_picture_are_pictures(standins, tmp_path):
@@ -272,16 +324,37 @@ GOOD_COCO = {
     "uncompressed": {"segmentation": UNCOMPRESSED},
     "category_as_text": {"segmentation": POLYGON, "category_id": "1"},
     "outside": {"segmentation": [[-9.0, -9, 90, -9, 90, 90, -9, 90]]},
+    "crowd_as_text": {"segmentation": POLYGON, "iscrowd": "false"},
 }
 BAD_COCO = {
     "missing": ({"segmentation": POLYGON}, "No such file"),
-    "no_segmentation": ({}, "there is none"),
+    "a" * 300: ({"segmentation": POLYGON}, "File name too long"),
+    "no_segmentation": ({}, "it is empty"),
     "empty": ({"segmentation": []}, "it is empty"),
     "empty_polygon": ({"segmentation": [[]]}, "0 numbers"),
     "line": ({"segmentation": [[1.0, 1, 5, 5]]}, "4 numbers"),
+    "odd": ({"segmentation": [[1.0, 1, 5, 5, 9, 9, 9]]}, "7 numbers"),
+    "nested": ({"segmentation": [[[1, 1], [5, 5], [9, 1]]]}, "polygon 0 is not a flat list"),
+    "flat": ({"segmentation": POLYGON[0]}, "polygon 0 is not a flat list"),
+    "words": ({"segmentation": [["1", "1", "5", "5", "9", "1"]]}, "polygon 0 is not a flat list"),
+    "null": ({"segmentation": [[None] * 6]}, "polygon 0 is not a flat list"),
+    "number": ({"segmentation": 5}, "neither polygons nor run lengths"),
+    "no_counts": ({"segmentation": {"size": [HEIGHT, WIDTH]}}, "neither polygons nor run lengths"),
     "other_size": ({"segmentation": {"size": [9, 9], "counts": [0, 81]}}, "do not cover"),
     "short_counts": ({"segmentation": {"size": [HEIGHT, WIDTH], "counts": [7]}}, "do not cover"),
-    "nan": ({"segmentation": [[float("nan")] * 6]}, "not within"),
+    "half_count": (
+        {"segmentation": {**UNCOMPRESSED, "counts": [0.5, HEIGHT * WIDTH - 0.5]}},
+        "not all whole numbers",
+    ),
+    "count_as_text": (
+        {"segmentation": {**UNCOMPRESSED, "counts": ["0", str(HEIGHT * WIDTH)]}},
+        "not all whole numbers",
+    ),
+    "negative_count": (
+        {"segmentation": {**UNCOMPRESSED, "counts": [-10, HEIGHT * WIDTH + 10]}},
+        "not all whole numbers",
+    ),
+    "nan": ({"segmentation": [[float("nan")] * 6]}, "not numbers within"),
     "resized": ({"segmentation": POLYGON}, "the image 20×20"),
     "zero": ({"segmentation": POLYGON}, "empty"),
 }
@@ -302,7 +375,7 @@ def test_coco_annotations_of_every_kind(standins, tmp_path):
             image_id = str(number) if number % 2 else number
             annotations.append({"image_id": image_id, "category_id": 1, "id": number, **fields})
         data = {"resized": saved(Image.new("RGB", (20, 20)), "JPEG"), "zero": b""}
-        if name != "missing":
+        if len(name) < 256 and name != "missing":
             put(tmp_path / f"images/{name}.jpg", data.get(name, JPEG))
     categories = [{"id": 1, "name": "person"}, {"id": 2, "name": "dog"}]
     document = {"images": images, "annotations": annotations, "categories": categories}
@@ -314,4 +387,84 @@ def test_coco_annotations_of_every_kind(standins, tmp_path):
     assert {Path(name).stem for name in report.skipped} == BAD_COCO.keys()
     for name, reason in report.skipped.items():
         assert BAD_COCO[Path(name).stem][1] in reason, name
+        if "segmentation" in reason:
+            assert "COCO annotation " in reason, name
     assert report.left_out["no person in it"] == len(LEFT_OUT_COCO) + 1
+
+
+def coco_file(path: Path, *entries: object, **lists: object) -> Path:
+    """A COCO file of `plain.jpg` with a person, and of further entries of its list of images."""
+    put(path.parent / "images/plain.jpg", JPEG)
+    plain = {"id": 1, "file_name": "plain.jpg", "height": HEIGHT, "width": float(WIDTH)}
+    person = {"id": 9, "image_id": 1, "category_id": 1, "segmentation": POLYGON}
+    document = {
+        "images": [plain, *entries],
+        "annotations": [person],
+        "categories": [{"id": 1, "name": "person"}],
+    }
+    put(path, json.dumps(document | lists).encode())
+    return path
+
+
+OTHER = {"id": 2, "file_name": "b.jpg", "height": HEIGHT, "width": WIDTH}
+
+
+@pytest.mark.parametrize(
+    ("entry", "why"),
+    [
+        (OTHER | {"file_name": "a\0.jpg"}, "NUL"),
+        (OTHER | {"file_name": "/etc/passwd"}, "leads out"),
+        (OTHER | {"file_name": "a/../../b.jpg"}, "leads out"),
+        (OTHER | {"file_name": "\ud800.jpg"}, "UTF-8"),
+        (OTHER | {"file_name": 5}, "file_name is 5, expected text"),
+        (OTHER | {"height": 40.5}, "height is 40.5, expected a whole number"),
+        (OTHER | {"height": "40"}, "height is '40', expected a whole number"),
+        (OTHER | {"width": 0}, "expected 1 to"),
+        (OTHER | {"width": -5}, "expected 1 to"),
+        (OTHER | {"height": 10**9}, "expected 1 to"),
+        (OTHER | {"file_name": ""}, "file_name is ''"),
+        (OTHER | {"file_name": None}, "file_name is None"),
+        (OTHER | {"id": [1]}, "id is [1]"),
+        (OTHER | {"id": None}, "id is None, expected a whole number or text"),
+        (OTHER | {"id": True}, "id is True"),
+        (None, "expected an object"),
+        ([1], "expected an object"),
+    ],
+)
+def test_a_bad_entry_of_images_is_skipped_and_the_rest_taken(tmp_path, entry, why):
+    dataset = coco_dataset(tmp_path / "images", coco_file(tmp_path / "c.json", entry))
+    assert [sample.sample_id for sample in dataset.samples] == ["plain.jpg"]
+    ((name, reason),) = dataset.refused.items()
+    assert name.startswith("images[1] of c.json")
+    assert why in reason
+
+
+@pytest.mark.parametrize(
+    ("lists", "why"),
+    [
+        ({"annotations": [None]}, r"annotations\[0\]: expected an object"),
+        ({"annotations": [{"image_id": 1}]}, r"annotations\[0\]: category_id is None"),
+        (
+            {"annotations": [{"image_id": 1, "category_id": 1, "iscrowd": "maybe"}]},
+            r"annotations\[0\]: iscrowd is 'maybe', expected 0 or 1",
+        ),
+        ({"categories": []}, "it has none"),
+        ({"images": [None]}, r"no entry of images can be used; images\[0\]"),
+    ],
+)
+def test_what_would_change_a_mask_refuses_the_file(tmp_path, lists, why):
+    with pytest.raises(DatasetError, match=why):
+        coco_dataset(tmp_path / "images", coco_file(tmp_path / "c.json", **lists))
+
+
+def test_json_nested_without_end_is_refused(tmp_path):
+    put(tmp_path / "c.json", b"[" * 200_000)
+    put(tmp_path / "images/plain.jpg", JPEG)
+    with pytest.raises(DatasetError, match="not a JSON object"):
+        coco_dataset(tmp_path / "images", tmp_path / "c.json")
+
+
+def test_one_file_under_two_names_is_refused(tmp_path):
+    path = coco_file(tmp_path / "c.json", OTHER | {"file_name": "./plain.jpg"})
+    with pytest.raises(DatasetError, match="no image with a person that can be used"):
+        coco_dataset(tmp_path / "images", path, all_images=True)

@@ -159,7 +159,7 @@ def test_bad_files_are_skipped_with_their_reason_and_the_same_after_a_resume(
         assert report.rows_total == 8
         assert "cannot be decoded" in report.skipped["scene_003.jpg"]
         assert "40×50" in report.skipped["scene_005.jpg"]
-        assert read_remarks(tmp_path / "c").skipped == report.skipped
+        assert read_remarks(tmp_path / "c").together.skipped == report.skipped
 
 
 def test_strict_stops_at_the_first_bad_file(standins, spoilt, tmp_path):

@@ -13,13 +13,14 @@ from conftest import Standins
 from PIL import Image
 
 from kdcache import durable
-from kdcache.cache.format import SKIPPED, describe_row, read_remarks, signed_document
+from kdcache.cache.format import SKIPPED, RowKey, describe_row, read_remarks, signed_document
 from kdcache.cache.info import describe
 from kdcache.cache.reader import Cache
 from kdcache.cli import main
 from kdcache.errors import CacheError, DatasetError
-from kdcache.precompute.dataset import Dataset, folder_dataset, unlabelled_dataset
+from kdcache.precompute.dataset import Dataset, Sample, folder_dataset, unlabelled_dataset
 from kdcache.precompute.extract import extract
+from kdcache.precompute.sources import twins
 
 
 @pytest.fixture
@@ -60,7 +61,7 @@ def test_each_kind_of_change_is_named_and_the_rows_stay(standins, scenes):
     assert "other bytes of the same number" in report.changed["scene_001.jpg"]
     assert "its mask or annotations" in report.changed["scene_002.jpg"]
     assert [row.image.tobytes() for row in Cache(scenes / "c")] == before
-    assert read_remarks(scenes / "c").changed == report.changed
+    assert read_remarks(scenes / "c").together.changed == report.changed
 
 
 def test_removed_files_are_named(standins, scenes):
@@ -89,6 +90,41 @@ def test_same_pixels_in_train_and_val_are_reported_whatever_their_encoding(stand
     pairs = [("scene_001.jpg", "copy_1.png"), ("scene_003.jpg", "copy_3.png")]
     assert list(run(standins, scenes, val, split="val").in_train_and_val) == pairs
     assert list(run(standins, scenes).in_train_and_val) == pairs
+
+
+def test_every_copy_in_train_and_val_is_in_a_pair():
+    rows = [(RowKey("train", f"t{n}", 0), "same") for n in range(4)]
+    rows += [(RowKey("val", f"v{n}", 0), "same") for n in range(2)]
+    rows += [(RowKey("train", "alone", 0), "other")]
+    named = {name for pair in twins(rows) for name in pair}
+    assert named == {"t0", "t1", "t2", "t3", "v0", "v1"}
+
+
+def test_appending_keeps_what_was_said_of_the_first_dataset(standins, scenes):
+    (scenes / "images/broken.jpg").write_bytes(b"")
+    shutil.copy(scenes / "masks/scene_001.png", scenes / "masks/broken.png")
+    assert run(standins, scenes).skipped.keys() == {"broken.jpg"}
+    (scenes / "val_images").mkdir()
+    shutil.copy(scenes / "images/scene_000.jpg", scenes / "val_images/other.jpg")
+    run(standins, scenes, unlabelled_dataset(scenes / "val_images"), split="val")
+    assert describe(Cache(scenes / "c"))["skipped"].keys() == {"broken.jpg"}
+    (scenes / "images/broken.jpg").unlink()
+    run(standins, scenes)
+    assert describe(Cache(scenes / "c"))["skipped"] == {}
+
+
+def test_an_unreadable_photo_of_a_known_name_does_not_stop_an_append(standins, scenes):
+    run(standins, scenes)
+    (scenes / "val_images").mkdir()
+    (scenes / "val_images/scene_000.jpg").symlink_to(scenes / "val_images")  # unreadable for root
+    shutil.copy(scenes / "images/scene_001.jpg", scenes / "val_images/new.jpg")
+    samples = [
+        Sample(sample_id=n, image_path=scenes / "val_images" / n, labelled=False)
+        for n in ("new.jpg", "scene_000.jpg")
+    ]
+    val = Dataset(images=scenes / "val_images", samples=samples)
+    report = run(standins, scenes, val, split="val")
+    assert (report.rows_added, list(report.skipped)) == (1, ["scene_000.jpg"])
 
 
 def test_annotations_changed_in_what_is_drawn_only(standins, scenes):
@@ -135,7 +171,8 @@ def test_the_command_tells_all_of_it_and_exits_with_3(standins, scenes):
     result = extract_again()
     assert result.exit_code == 3, result.output
     for words in (
-        "2 rows are of images that this dataset does not have (scene_000.jpg, scene_001.jpg)",
+        "2 rows are of images that the dataset does not have: removed since, or of another folder:"
+        "\n  scene_000.jpg\n  scene_001.jpg\n",
         "1 left out: files of suffix .txt",
         "1 images skipped:\n  scene_001.jpg: no mask of the same name",
         "1 images are not what they were",
@@ -145,6 +182,7 @@ def test_the_command_tells_all_of_it_and_exits_with_3(standins, scenes):
     info = CliRunner().invoke(main, ["info", str(scenes / "c")]).stdout
     assert "scene_002.jpg: the image had" in info
     assert "1 left out: files of suffix .txt" in info
+    assert "2 rows are of images that the dataset does not have" in info
 
 
 def test_a_cache_of_an_earlier_kdcache_is_described_and_not_appended_to(
