@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from kdcache import __version__
 from kdcache.errors import KdcacheError
@@ -199,10 +200,20 @@ def _refresh(
 ) -> None:
     from kdcache.config import ExtractConfig, load
 
-    needless = ("images", "masks", "coco", "unlabelled", "all_images", "limit", "val_fraction")
-    if found := [name for name in needless if given[name]]:
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in found)
-        raise click.UsageError(f"--refresh takes rows as they are in the cache: without {names}")
+    used = {"out", "refresh", "device", "batch_size", "config", "assignments", "as_json"}
+    used |= {"teacher_checkpoint"} if part == "teacher" else {"yolo_onnx_path", "yolo_input"}
+    context = click.get_current_context()
+    needless = [
+        option.opts[0]
+        for option in context.command.params
+        if option.name not in used
+        and context.get_parameter_source(option.name or "") is ParameterSource.COMMANDLINE
+    ]
+    if needless:
+        raise click.UsageError(
+            f"--refresh {part} takes rows, and how they are stored, from the cache: without "
+            f"{', '.join(needless)}"
+        )
     flags = {name: given[name] for name in ExtractConfig.model_fields if name in given}
     settings = load(ExtractConfig, config, assignments, flags)
     from kdcache.precompute.refresh import refresh

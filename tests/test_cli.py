@@ -97,7 +97,7 @@ def test_skipped_images_are_listed_with_exit_status_3(standins, tmp_path):
     moved = type(standins)(tmp_path / "data")
     result = run(*extract_arguments(moved, tmp_path / "c"), "--limit", 3)
     assert result.exit_code == cli.EXIT_SKIPPED
-    assert "1 images skipped:\n  scene_001.jpg: cannot be decoded" in result.stdout
+    assert "1 images skipped:\n  scene_001.jpg: the image cannot be decoded" in result.stdout
     info = run("info", tmp_path / "c", "--json")
     assert "scene_001.jpg" in json.loads(info.stdout)["skipped"]
 

@@ -144,7 +144,8 @@ class Row:
     def __init__(self, cache: Cache, index: int) -> None:
         self._cache = cache
         self._index = index
-        self.split, self.sample_id, self.view = cache.keys[index]
+        self.key = cache.keys[index]
+        self.split, self.sample_id, self.view = self.key
 
     def __repr__(self) -> str:
         return f"Row({self._index}: {self.split} {self.sample_id} view {self.view})"

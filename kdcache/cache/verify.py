@@ -273,7 +273,7 @@ def _of_a_refresh(file: str, root: Root, staged: Staged | None) -> bool:
     folders = list(root.replaced)
     if staged is not None:
         folders += [next_commits(root), *staged.nodes]
-    return any(file.startswith(f"{folder}/") for folder in folders)
+    return any(f"{file}/".startswith(f"{folder}/") for folder in folders)  # or it, without a file
 
 
 def _may_be_a_writers(file: str, commits: Sequence[Commit]) -> bool:

@@ -358,6 +358,17 @@ def _in_its_generations(asked: Manifest, found: Manifest) -> Manifest:
 
 def _check_same(path: Path, found: Manifest, asked: Manifest) -> None:
     """Refuse to mix rows made in two ways; a change of library versions is only worth a warning."""
+    for what, here, wanted in (
+        ("features", bool(found.taps), bool(asked.taps)),
+        ("teacher logits", found.logits_dtype is not None, asked.logits_dtype is not None),
+    ):
+        if here != wanted:
+            addable = wanted and what == "teacher logits"
+            raise FingerprintError(
+                f"{path} was extracted {'with' if here else 'without'} {what}, now it is to be "
+                f"{'with' if wanted else 'without'}: use another --out, or the options it was "
+                "made with" + (", or --refresh teacher, which adds them" if addable else "")
+            )
     for field in sorted(found.fingerprint.keys() | asked.fingerprint.keys()):
         old, new = found.fingerprint.get(field), asked.fingerprint.get(field)
         if old != new:

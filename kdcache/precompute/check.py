@@ -10,7 +10,7 @@ swapped channel order a few hundredths (docs/log.md).
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +26,7 @@ from kdcache.imaging import BACKGROUND, IGNORE, PADDING, PERSON, U8, imagenet_no
 from kdcache.precompute.sources import Prepared
 from kdcache.precompute.teacher import Teacher
 from kdcache.precompute.yolo import Yolo
+from kdcache.progress import Progress
 
 log = logging.getLogger(__name__)
 F32 = NDArray[np.float32]
@@ -40,6 +41,7 @@ _LOW_MIOU = 0.5  # half of the picture wrong: no teacher to learn from
 _LIKELY, _SURE = 1.0, 2.0
 # Below so many photos the error itself is chance, and only a difference this large counts.
 _ENOUGH, _LARGE = 4, 0.1
+LOOKED_AT = 8  # photos at most
 _TELLING = 0.1  # explained share below which the features know nothing of people in any form
 _RIDGE = 1e-3  # a thousandth of a unit variance: keeps the fit defined where channels repeat
 _PROBED_SIDE = 40  # grid positions a side that the linear map is fitted on
@@ -69,11 +71,6 @@ class Check:
     notes: Sequence[str]  # what scores better too, but may do so by chance
 
 
-def photos_to_look_at(images: int) -> int:
-    """How many photos of a dataset an extraction looks at first: a hundredth of the work, 2 to 8."""
-    return min(8, max(2, images // 100))
-
-
 class Seen(NamedTuple):
     """A photo and what both models, as they are used, make of it."""
 
@@ -82,7 +79,7 @@ class Seen(NamedTuple):
     logits: F32 | None  # (H, W); None without a teacher
 
 
-def look(rows: Sequence[Prepared], yolo: Yolo | None, teacher: Teacher | None) -> list[Seen]:
+def look(rows: Iterable[Prepared], yolo: Yolo | None, teacher: Teacher | None) -> list[Seen]:
     """Run the models there are on a few photos, one by one."""
     return [
         Seen(
@@ -94,19 +91,53 @@ def look(rows: Sequence[Prepared], yolo: Yolo | None, teacher: Teacher | None) -
     ]
 
 
-def check(seen: Sequence[Seen], yolo: Yolo | None, teacher: Teacher | None, picture: Path) -> Check:
-    """Score both models, draw the teacher on the photos, and warn of what looks wrong.
+def first_look(
+    photos: Sequence[Prepared],
+    yolo: Yolo | None,
+    teacher: Teacher | None,
+    picture: Path,
+    *,
+    progress: bool = False,
+) -> tuple[Check, list[Seen]]:
+    """Score the models, draw the teacher on the photos, and tell what looks wrong.
 
-    Raises ModelError when the teacher gives probabilities.
+    Four photos are looked at, and the rest, up to `LOOKED_AT` in all, where those leave a doubt: each
+    is nine runs of a model. Raises ModelError when the teacher gives probabilities.
     """
+    seen: list[Seen] = []
+    scored: list[_Scored] = []
+    with Progress("first look", len(photos[:LOOKED_AT]), "photo", shown=progress) as bar:
+        for some in (photos[:_ENOUGH], photos[_ENOUGH:LOOKED_AT]):
+            for photo in some:
+                seen += look([photo], yolo, teacher)
+                scored.append(_scored(seen[-1], yolo, teacher))
+                bar.reach(len(seen))
+            _refuse_probabilities(seen)
+            found = _judged(seen, scored, yolo)
+            if not found.notes:
+                break
     _draw(seen, picture)
-    scores = {} if teacher is None else _teacher_scores(seen, teacher)
-    explained = {} if yolo is None else _explained(seen, yolo)
+    return found, seen
+
+
+def say(found: Check, picture: Path) -> None:
+    """Log the scores, and what looks wrong."""
+    score = "" if found.teacher_miou is None else f": teacher mIoU {found.teacher_miou:.3f}"
+    log.info("first look at %d photos%s; picture: %s", found.photos, score, picture)
+    for text in found.warnings:
+        log.warning("%s", text)
+    for text in found.notes:
+        log.info("%s", text)
+
+
+def _judged(seen: Sequence[Seen], scored: Sequence[_Scored], yolo: Yolo | None) -> Check:
+    scores = _columns([one.teacher for one in scored if one.teacher])
+    explained = _explained(scored)
     found = [
         _other_teacher_input(scores),
         _other_detector_input(explained, yolo.expects if yolo else ""),
+        _nobody(seen),
     ]
-    found.append(_nobody(seen))
     warnings = [text for likely, text in found if text and likely]
     own = float(scores[TEACHER_GETS].mean()) if scores else None
     if own is not None and own < _LOW_MIOU:
@@ -192,26 +223,50 @@ def _better(scores: Mapping[str, F64], own: str) -> tuple[str, bool, str]:
     return name, True, "clearly better" if difference.mean() > _SURE * error else "a little better"
 
 
-def _teacher_scores(seen: Sequence[Seen], teacher: Teacher) -> dict[str, F64]:
-    """By the form of the pixels: the mIoU on each photo with a labelled person."""
+class _Scored(NamedTuple):
+    """What one photo tells, by the form of the pixels that the models were given."""
+
+    teacher: dict[str, float]  # mIoU; none without a teacher or a labelled person
+    features: dict[str, F64]  # (P, C) at P grid positions; none without a detector or a person
+    people: F64  # (P,) the share of person in each grid cell
+
+
+def _scored(one: Seen, yolo: Yolo | None, teacher: Teacher | None) -> _Scored:
+    image, mask = one.row.image, one.row.mask
+    agreement: dict[str, float] = {}
+    if teacher is not None and one.logits is not None and (mask == PERSON).any():
+        agreement[TEACHER_GETS] = _miou(one.logits, mask)
+        for name, form in OTHER_TEACHER_INPUTS.items():
+            agreement[name] = _miou(teacher.run(form(image[None]))[0], mask)
+    if yolo is None:
+        return _Scored(agreement, {}, np.zeros(0))
+    _, height, _ = yolo.feature_shape
+    step = max(1, height // _PROBED_SIDE)
+    features: dict[str, F64] = {}
+    for form_of_yolo in YOLO_INPUTS:
+        found_CHW: codecs.Array = one.feature
+        if form_of_yolo != yolo.expects:
+            found_CHW = yolo.features(image[None], form_of_yolo)[0]
+        on_host = codecs.on_host(found_CHW)[:, ::step, ::step]
+        features[form_of_yolo] = on_host.reshape(len(on_host), -1).T.astype(np.float64)
+    people = _share_of_person(_people(one), height)[::step, ::step].ravel()
+    return _Scored(agreement, features, people)
+
+
+def _columns(rows: Sequence[Mapping[str, float]]) -> dict[str, F64]:
+    return {name: np.array([row[name] for row in rows]) for name in (rows[0] if rows else ())}
+
+
+def _refuse_probabilities(seen: Sequence[Seen]) -> None:
     logits = [one.logits for one in seen if one.logits is not None]
+    if not logits:
+        return
     low, high = min(z.min() for z in logits), max(z.max() for z in logits)
     if low >= 0 and high <= 1:
         raise ModelError(
             f"the teacher's output lies in {low:.3g} to {high:.3g} on all of {len(seen)} photos: these "
             "are probabilities, distillation needs the logits before the sigmoid: export it without"
         )
-    rows = [one.row for one in seen]
-    labelled = [n for n, row in enumerate(rows) if (row.mask == PERSON).any()]
-    if not labelled:
-        return {}
-    scores = {TEACHER_GETS: np.array([_miou(logits[n], rows[n].mask) for n in labelled])}
-    for name, form in OTHER_TEACHER_INPUTS.items():
-        others = [teacher.run(form(rows[n].image[None]))[0] for n in labelled]
-        scores[name] = np.array(
-            [_miou(z, rows[n].mask) for n, z in zip(labelled, others, strict=True)]
-        )
-    return scores
 
 
 def _miou(logits_HW: F32, mask: U8) -> float:
@@ -226,27 +281,16 @@ def _iou(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> float:
     return np.count_nonzero(a & b) / union if union else 1.0
 
 
-def _explained(seen: Sequence[Seen], yolo: Yolo) -> dict[str, F64]:
+def _explained(scored: Sequence[_Scored]) -> dict[str, F64]:
     """By the form of the pixels, for each photo: 1 − error / variance of the share of person in
     each grid cell, told from the cell's features by a linear map fitted on the other photos."""
-    people = [_people(one) for one in seen]
-    if len(seen) < 2 or not any(mask.any() for mask in people):
+    targets = np.stack([one.people for one in scored])
+    if len(scored) < 2 or not targets.any():
         return {}
-    _, height, _ = yolo.feature_shape
-    step = max(1, height // _PROBED_SIDE)
-    targets = np.stack([_share_of_person(mask, height)[::step, ::step].ravel() for mask in people])
-    found: dict[str, F64] = {}
-    for form in YOLO_INPUTS:
-        features = []
-        for row, feature, _ in seen:
-            if form != yolo.expects or feature is None:
-                found_CHW: codecs.Array = yolo.features(row.image[None], form)[0]
-            else:
-                found_CHW = feature
-            on_host = codecs.on_host(found_CHW)[:, ::step, ::step]
-            features.append(on_host.reshape(len(on_host), -1).T.astype(np.float64))
-        found[form] = _told_by_others(np.stack(features), targets)
-    return found
+    return {
+        form: _told_by_others(np.stack([one.features[form] for one in scored]), targets)
+        for form in scored[0].features
+    }
 
 
 def _told_by_others(features_NPC: F64, targets_NP: F64) -> F64:

@@ -29,10 +29,10 @@ from kdcache.errors import (
     SampleError,
     device_memory,
 )
-from kdcache.precompute.check import check, look, photos_to_look_at
+from kdcache.precompute.check import LOOKED_AT, first_look, say
 from kdcache.precompute.dataset import Dataset
-from kdcache.precompute.job import DEFAULT_BATCH, Job, gone, open_job, row_arrays
-from kdcache.precompute.need import Need, stored_bytes
+from kdcache.precompute.job import DEFAULT_BATCH, Job, bytes_per_row, gone, open_job, row_arrays
+from kdcache.precompute.need import Need
 from kdcache.precompute.onnx_session import Device
 from kdcache.precompute.sources import Prepared, Tally, changed, prepare, twins
 from kdcache.precompute.teacher import Teacher
@@ -88,15 +88,16 @@ def extract(
     tally = Tally(strict)
     job = open_job(config, dataset, out, split=split, device=device, limit=limit, tally=tally)
     prepared = prepare(job.todo, config.size, config.resize, workers, tally)
-    looked_at = 0 if job.known else photos_to_look_at(len(job.todo))
-    first = list(itertools.islice(prepared, looked_at))
+    first = list(itertools.islice(prepared, 0 if job.known else LOOKED_AT))
     if not first and not job.known:
         reasons = "; ".join(
             f"{name}: {why}" for name, why in itertools.islice(tally.skipped.items(), 3)
         )
         raise DatasetError(f"none of the {len(job.todo)} images can be used ({reasons})")
     if first:
-        _look(first, job, out)
+        _look(first, job, out, progress)
+    elif job.todo:
+        _refuse_if_too_much(_known_bytes(out), job, out)
     with StopRequest().listening() as stop, CacheWriter(out, job.manifest) as writer:
         committed = [(sample, job.known[key]) for key, sample in job.planned if key in job.known]
         old = changed(committed, workers, progress, stop)
@@ -147,23 +148,28 @@ def _key(dataset: Dataset, split: str) -> str:
     return hashlib.sha256(f"{split}: {dataset.images.resolve()}".encode()).hexdigest()[:16]
 
 
-def _look(first: Sequence[Prepared], job: Job, out: Path) -> None:
+def _look(first: Sequence[Prepared], job: Job, out: Path, progress: bool) -> None:
     """Say what both models score on the first photos, and refuse what cannot fit on the disk."""
     picture = out.with_name(out.name + "-check.png")
-    seen = look(first, job.yolo, job.teacher)
-    found = check(seen, job.yolo, job.teacher, picture)
-    score = "" if found.teacher_miou is None else f": teacher mIoU {found.teacher_miou:.3f}"
-    log.info("first look at %d photos%s; picture: %s", found.photos, score, picture)
-    for text in found.warnings:
-        log.warning("%s", text)
-    for text in found.notes:
-        log.info("%s", text)
-    manifest = job.manifest
-    sizes = [
-        stored_bytes(row_arrays(*one, manifest), manifest.arrays(), manifest.compression)
-        for one in seen
-    ]
-    Need.of(manifest, sum(sizes) / len(sizes), len(job.todo)).refuse_if_too_much(out)
+    found, seen = first_look(first, job.yolo, job.teacher, picture, progress=progress)
+    say(found, picture)
+    _refuse_if_too_much(bytes_per_row(seen, job.manifest), job, out)
+
+
+def _known_bytes(out: Path) -> float:
+    """Bytes of a row in the cache that there is."""
+    commits = Cache(out).commits
+    total = sum(o.size_bytes for commit in commits for o in commit.objects.values())
+    return total / sum(len(commit.keys) for commit in commits)
+
+
+def _refuse_if_too_much(a_row: float, job: Job, out: Path) -> None:
+    specs, shard_rows = job.manifest.arrays(), job.manifest.shard_rows
+    Need.of(specs, shard_rows, a_row, len(job.todo)).refuse_if_too_much(
+        out,
+        ", choose another --out or fewer bits (--precision int5 halves int8; `kdcache plan` shows "
+        "each)",
+    )
 
 
 def run(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +22,7 @@ from kdcache.errors import CacheError, ConfigError, SampleError
 from kdcache.imaging import INTERPOLATION
 from kdcache.precompute.coco import PERSON_CATEGORY
 from kdcache.precompute.dataset import Dataset, Sample, split_of
+from kdcache.precompute.need import stored_bytes
 from kdcache.precompute.onnx_session import Device, resolve_device
 from kdcache.precompute.sources import Digests, Prepared, Tally
 from kdcache.precompute.teacher import Teacher
@@ -243,3 +244,19 @@ def row_arrays(
         encoded = codecs.encode(feature_CHW, tap)
         arrays |= {f"{tap.folder}/{name}": codecs.on_host(a) for name, a in encoded.items()}
     return arrays
+
+
+def bytes_per_row(
+    rows: Iterable[tuple[Prepared, codecs.Array | None, codecs.F32 | None]],
+    manifest: Manifest,
+    but: Collection[str] = (),
+) -> float:
+    """Mean bytes on disk of rows in all arrays `but` these; rows that cannot be stored do not count."""
+    specs = [spec for spec in manifest.arrays() if spec.path not in but]
+    sizes = []
+    for row in rows:
+        try:
+            sizes.append(stored_bytes(row_arrays(*row, manifest), specs, manifest.compression))
+        except SampleError:  # the extraction will skip and name it
+            continue
+    return sum(sizes) / max(len(sizes), 1)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.cache.layout import ArraySpec, Manifest
+from kdcache.cache.layout import ArraySpec
 from kdcache.cache.shard import encode_chunk, index_bytes
 from kdcache.config import Compression
 from kdcache.errors import CacheError
@@ -40,10 +40,12 @@ class Need:
     files: int
 
     @classmethod
-    def of(cls, manifest: Manifest, bytes_per_row: float, rows: int) -> Need:
-        """Of so many rows of that size."""
-        shards, arrays = -(-rows // manifest.shard_rows), len(manifest.arrays())
-        indexes = shards * arrays * index_bytes(manifest.shard_rows)
+    def of(
+        cls, specs: Sequence[ArraySpec], shard_rows: int, bytes_per_row: float, rows: int
+    ) -> Need:
+        """Of so many rows of that size, in these arrays."""
+        shards, arrays = -(-rows // shard_rows), len(specs)
+        indexes = shards * arrays * index_bytes(shard_rows)
         return cls(
             rows=rows,
             size_bytes=round(rows * bytes_per_row + indexes),
@@ -51,20 +53,27 @@ class Need:
             files=shards * (arrays + 2) + 2 * arrays + 12,
         )
 
-    def refuse_if_too_much(self, out: Path) -> None:
-        """Raise CacheError where the disk of `out` has not the space or files left for it."""
+    def fits(self, space_bytes: int, files: int | None) -> bool:
+        """Whether so much space and so many files (None: uncounted) are enough, with a margin."""
+        return self.size_bytes * _MARGIN <= space_bytes and (files is None or self.files <= files)
+
+    def refuse_if_too_much(self, out: Path, instead: str) -> None:
+        """Raise CacheError where the disk of `out` has not the space or files left for it.
+
+        `instead` is what to do but making room.
+        """
         space, files = free(out)
+        if self.fits(space, files):
+            return
         if self.size_bytes * _MARGIN > space:
             raise CacheError(
                 f"{self.rows} rows will take about {megabytes(self.size_bytes)}, {out} has "
-                f"{megabytes(space)} left: make room, choose another --out or fewer bits "
-                "(--precision int5 halves int8; `kdcache plan` shows each)"
+                f"{megabytes(space)} left: make room{instead}"
             )
-        if files is not None and self.files > files:
-            raise CacheError(
-                f"{self.rows} rows will take {self.files} files, the disk of {out} has room for "
-                f"{files} more: --set shard_rows={self.rows} would make fewer, larger ones"
-            )
+        raise CacheError(
+            f"{self.rows} rows will take {self.files} files, the disk of {out} has room for "
+            f"{files} more: --set shard_rows={self.rows} would make fewer, larger ones"
+        )
 
 
 def free(out: Path) -> tuple[int, int | None]:

@@ -155,7 +155,8 @@ def _open_session(model: bytes, path: Path, device: str) -> Any:
     try:
         session = onnxruntime.InferenceSession(model, options, providers=[provider])
     except Exception as error:  # ONNX Runtime's exceptions share no base
-        raise ModelError(f"{_told(model, path)} cannot load it: {error}") from error
+        why = " ".join(str(error).split())
+        raise ModelError(f"{path}: ONNX Runtime cannot load it: {why}; {_told(model)}") from error
     active = session.get_providers()[0]
     if active != wanted:
         raise ProviderError(
@@ -166,11 +167,12 @@ def _open_session(model: bytes, path: Path, device: str) -> Any:
     return session
 
 
-def _told(model: bytes, path: Path) -> str:
-    """The versions that a runtime may be too old for, and the start of a sentence about it."""
+def _told(model: bytes) -> str:
+    """The versions that a runtime may be too old for, and what can be done about that."""
     proto = load_model_from_string(model)
     opsets = ", ".join(f"{o.domain or 'ai.onnx'} {o.version}" for o in proto.opset_import)
     return (
-        f"{path} has IR version {proto.ir_version} and operators of {opsets}; ONNX Runtime "
-        f"{onnxruntime.__version__} (a newer one may, or export the model with an older opset)"
+        f"it has IR version {proto.ir_version} and operators of {opsets}: where those are newer than "
+        f"ONNX Runtime {onnxruntime.__version__} knows, export the model with an older opset or install a "
+        "newer onnxruntime"
     )

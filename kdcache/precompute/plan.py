@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, get_args
@@ -17,10 +18,10 @@ from kdcache.cache.layout import IMAGE, MASK
 from kdcache.cache.writer import CacheWriter
 from kdcache.config import ExtractConfig, Precision
 from kdcache.errors import DatasetError
-from kdcache.precompute.check import Check, Seen, check, look, photos_to_look_at
+from kdcache.precompute.check import Check, Seen, first_look, look
 from kdcache.precompute.dataset import Dataset, Sample
 from kdcache.precompute.extract import run
-from kdcache.precompute.job import DEFAULT_BATCH, Job, open_job, row_arrays, stored_as
+from kdcache.precompute.job import DEFAULT_BATCH, Job, bytes_per_row, open_job, stored_as
 from kdcache.precompute.need import Need, free, stored_bytes
 from kdcache.precompute.onnx_session import Device
 from kdcache.precompute.sources import Tally, prepare
@@ -99,21 +100,21 @@ def plan(
             + (f"{out} has all rows" if not job.todo else "none of the photos tried can be used")
         )
     started = time.monotonic()
-    seen = look(prepared[:_PHOTOS], job.yolo, job.teacher)
-    found = check(seen, job.yolo, job.teacher, picture)
+    found, seen = first_look(prepared, job.yolo, job.teacher, picture, progress=progress)
     checking_s = time.monotonic() - started
-    folder = next(path for path in out.absolute().parents if path.exists())
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".kdcache-plan-") as scratch:
+    seen += look(prepared[len(seen) : _PHOTOS], job.yolo, job.teacher)
+    with _scratch(
+        out, 2 * bytes_per_row(seen, job.manifest) * len(trial) + _WRITTEN_BYTES
+    ) as scratch:
         pace = _Pace(
-            image_s=_image_s(job, trial, config, Path(scratch), size, workers, progress),
-            write_bytes_per_s=_write_speed(Path(scratch)),
+            image_s=_image_s(job, trial, config, scratch, size, workers, progress),
+            write_bytes_per_s=_write_speed(scratch),
         )
     pixels_bytes = _pixels_bytes(job, config, workers, tally)
     costs = {
         precision: _cost(job, precision, seen, pixels_bytes, pace)
         for precision in get_args(Precision)
     }
-    checking_s *= photos_to_look_at(len(job.todo)) / len(seen)
     asked = costs[config.precision]
     space, files = free(out)
     return Plan(
@@ -126,7 +127,7 @@ def plan(
         seconds=loading_s + asked.seconds + checking_s * (not job.known),
         free_bytes=space,
         free_files=files,
-        fits=asked.bytes < space and (files is None or asked.files < files),
+        fits=Need(rows=len(job.todo), size_bytes=asked.bytes, files=asked.files).fits(space, files),
         costs=costs,
         write_bytes_per_s=pace.write_bytes_per_s,
         teacher_miou=found.teacher_miou,
@@ -141,6 +142,15 @@ def _spread(todo: Sequence[tuple[RowKey, Sample]], count: int) -> list[tuple[Row
     """So many samples, evenly spread."""
     chosen = np.unique(np.linspace(0, len(todo) - 1, min(count, len(todo))).astype(int))
     return [todo[n] for n in chosen]
+
+
+@contextlib.contextmanager
+def _scratch(out: Path, needed_bytes: float) -> Iterator[Path]:
+    """A folder for a trial, beside `out` where the space for it is there: plans are for full disks too."""
+    beside = next(path for path in out.absolute().parents if path.exists())
+    folder = beside if free(out)[0] > needed_bytes else None
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".kdcache-plan-") as scratch:
+        yield Path(scratch)
 
 
 def _write_speed(folder: Path) -> float:
@@ -202,14 +212,11 @@ def _cost(
 ) -> Cost:
     """Of all rows, stored at a precision; the slower of models and writer sets the pace."""
     manifest = stored_as(job.manifest, precision)
-    specs = [spec for spec in manifest.arrays() if spec.path not in (IMAGE, MASK)]
-    started, sizes = time.monotonic(), []
-    for one in seen:
-        arrays = row_arrays(*one, manifest)
-        sizes.append(stored_bytes(arrays, specs, manifest.compression))
+    started = time.monotonic()
+    rest_bytes = bytes_per_row(seen, manifest, but=(IMAGE, MASK))
     writing_s = (time.monotonic() - started) / len(seen)
-    per_row = pixels_bytes + sum(sizes) / len(sizes)
-    need = Need.of(manifest, per_row, len(job.todo))
+    per_row = pixels_bytes + rest_bytes
+    need = Need.of(manifest.arrays(), manifest.shard_rows, per_row, len(job.todo))
     slower = max(pace.image_s, writing_s + per_row / pace.write_bytes_per_s)
     return Cost(
         bytes_per_row=per_row,

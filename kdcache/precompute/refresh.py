@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,12 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.cache import codecs
-from kdcache.cache.format import Commit, read_root
+from kdcache.cache.format import read_root
 from kdcache.cache.layout import Manifest
 from kdcache.cache.reader import Cache
 from kdcache.cache.refresh import Refresh
 from kdcache.config import ExtractConfig
 from kdcache.errors import CacheError, ConfigError, FingerprintError, SampleError, nearest
+from kdcache.precompute.check import LOOKED_AT, first_look, say
 from kdcache.precompute.job import (
     DEFAULT_BATCH,
     LOGITS_DTYPE,
@@ -26,13 +28,17 @@ from kdcache.precompute.job import (
     open_yolo,
     provider,
 )
+from kdcache.precompute.need import Need, stored_bytes
 from kdcache.precompute.onnx_session import Device, resolve_device
+from kdcache.precompute.sources import Prepared
 from kdcache.precompute.teacher import Teacher
 from kdcache.precompute.yolo import Yolo
 from kdcache.progress import Progress
 from kdcache.stop import StopRequest
 
 TEACHER = "teacher"
+
+_Arrays = Mapping[str, NDArray[np.generic]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,23 +72,30 @@ def refresh(
     place_on = resolve_device(device)
     manifest, model = _target(config, read_root(path).manifest, part, place_on)
     size = batch_size or DEFAULT_BATCH[place_on]
-    with StopRequest().listening() as stop, Refresh(path, manifest) as staging:
-        cache = Cache(path)
+    cache = Cache(path)
+    _look(cache, model, manifest, progress)
+    with StopRequest().listening() as stop, _unchanged(path), Refresh(path, manifest) as staging:
         counts = [len(commit.keys) for commit in cache.commits]
         first_rows = itertools.accumulate(counts, initial=0)
         first = {c.shard: n for c, n in zip(cache.commits, first_rows, strict=False)}
         todo = list(staging.todo)
         total = sum(len(commit.keys) for commit in todo)
-        done = 0
+        done = itertools.count(1)
         with Progress(f"refresh {part}", total, "image", shown=progress) as bar:
+
+            def counted(rows: Iterable[_Arrays]) -> Iterator[_Arrays]:
+                for row in rows:
+                    if stop.asked:  # the shards before this one are kept
+                        raise KeyboardInterrupt
+                    yield row
+                    bar.reach(next(done))
+
             for commit in todo:
-                staging.write(
-                    commit, _rows(cache, commit, first[commit.shard], model, manifest, size)
-                )
-                done += len(commit.keys)
-                bar.reach(done)
-                if stop.asked:
-                    raise KeyboardInterrupt
+                start = first[commit.shard]
+                numbers = range(start, start + len(commit.keys))
+                staging.write(commit, counted(_rows(cache, numbers, model, manifest, size)))
+        if stop.asked:
+            raise KeyboardInterrupt
         staging.switch()
     return RefreshReport(
         cache=path,
@@ -92,6 +105,42 @@ def refresh(
         rows_found=len(cache) - total,
         seconds=time.monotonic() - started,
     )
+
+
+@contextlib.contextmanager
+def _unchanged(path: Path) -> Iterator[None]:
+    """An error of the disk in words: the cache has its old part still."""
+    try:
+        yield
+    except OSError as error:
+        raise CacheError(
+            f"cannot write the new part of {path}: {error}; the cache is the old one still: make room "
+            "or mend the disk, then run the same command again"
+        ) from error
+
+
+def _look(cache: Cache, model: Yolo | Teacher, manifest: Manifest, progress: bool) -> None:
+    """The first look that an extraction takes, at rows of the cache; and whether the new part fits."""
+    if not len(cache):
+        return
+    numbers = np.unique(np.linspace(0, len(cache) - 1, LOOKED_AT).astype(int))
+    photos = [
+        Prepared(row.key, row.image.astype(np.uint8), row.mask.astype(np.uint8), {})
+        for row in (cache[int(number)] for number in numbers)
+    ]
+    yolo, teacher = (model, None) if isinstance(model, Yolo) else (None, model)
+    picture = cache.path.with_name(cache.path.name + "-check.png")
+    found, seen = first_look(photos, yolo, teacher, picture, progress=progress)
+    say(found, picture)
+    old = {spec.path for spec in cache.manifest.arrays()}
+    specs = [spec for spec in manifest.arrays() if spec.path not in old]
+    sizes = []
+    for number, one in zip(numbers, seen, strict=False):
+        output = one.logits if one.feature is None else one.feature
+        arrays = _arrays(cache, int(number), output, model, manifest)
+        sizes.append(stored_bytes(arrays, specs, manifest.compression))
+    need = Need.of(specs, manifest.shard_rows, sum(sizes) / len(sizes), len(cache))
+    need.refuse_if_too_much(cache.path, " (the old part goes only when the new one is complete)")
 
 
 def _target(
@@ -107,6 +156,11 @@ def _target(
     if part == TEACHER:
         teacher = open_teacher(config, device, manifest.size_px)
         return _with_teacher(manifest, teacher), teacher
+    if not manifest.taps:
+        raise ConfigError(
+            f"--refresh {part}: the cache holds logits only; features cannot be added to it: extract "
+            "into another --out"
+        )
     if part not in [tap.name for tap in manifest.taps]:
         known = nearest(part, [TEACHER, *(tap.name for tap in manifest.taps)])
         raise ConfigError(f"--refresh {part}: the cache has no such part; nearest: {known}")
@@ -142,37 +196,32 @@ def _with_tap(manifest: Manifest, name: str, yolo: Yolo) -> Manifest:
 
 
 def _rows(
-    cache: Cache,
-    commit: Commit,
-    first: int,
-    model: Yolo | Teacher,
-    manifest: Manifest,
-    batch_size: int,
-) -> Iterator[Mapping[str, NDArray[np.generic]]]:
-    """The new arrays of each row of a commit, computed in batches of one constant size."""
-    for start in range(0, len(commit.keys), batch_size):
-        numbers = range(first + start, first + min(start + batch_size, len(commit.keys)))
+    cache: Cache, rows: range, model: Yolo | Teacher, manifest: Manifest, batch_size: int
+) -> Iterator[_Arrays]:
+    """The new arrays of each of these rows, computed in batches of one constant size."""
+    for start in range(0, len(rows), batch_size):
+        numbers = rows[start : start + batch_size]
         images = np.stack([cache[number].image.astype(np.uint8, copy=False) for number in numbers])
         padding = np.repeat(images[-1:], batch_size - len(images), axis=0)
         images = np.concatenate([images, padding])
         outputs = model.features(images) if isinstance(model, Yolo) else model.logits(images)
         for number, output in zip(numbers, outputs, strict=False):
-            try:
-                yield _arrays(output, model, manifest)
-            except SampleError as error:
-                raise CacheError(
-                    f"{cache.path}: row {number} ({cache.keys[number].sample_id}) cannot be "
-                    f"refreshed: {error}; the cache stays as it was"
-                ) from error
+            yield _arrays(cache, number, output, model, manifest)
 
 
 def _arrays(
-    output: codecs.Array, model: Yolo | Teacher, manifest: Manifest
-) -> dict[str, NDArray[np.generic]]:
-    """What the cache stores of one output; of a refreshed tap every array is new."""
-    if isinstance(model, Teacher):
-        dtype = manifest.logits_dtype or "float16"
-        return {manifest.logits_path: codecs.teacher_logits(codecs.on_host(output), dtype)}
-    (tap,) = manifest.taps
-    encoded = codecs.encode(output, tap)
-    return {f"{tap.folder}/{name}": codecs.on_host(array) for name, array in encoded.items()}
+    cache: Cache, number: int, output: codecs.Array, model: Yolo | Teacher, manifest: Manifest
+) -> _Arrays:
+    """What the cache stores of a row's output; of a refreshed tap every array is new."""
+    try:
+        if isinstance(model, Teacher):
+            dtype = manifest.logits_dtype or "float16"
+            return {manifest.logits_path: codecs.teacher_logits(codecs.on_host(output), dtype)}
+        (tap,) = manifest.taps
+        encoded = codecs.encode(output, tap)
+        return {f"{tap.folder}/{name}": codecs.on_host(array) for name, array in encoded.items()}
+    except SampleError as error:
+        raise CacheError(
+            f"{cache.path}: row {number} ({cache.keys[number].sample_id}) cannot be refreshed: "
+            f"{error}; the cache stays as it was"
+        ) from error

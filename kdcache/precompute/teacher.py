@@ -59,7 +59,8 @@ class Teacher:
         if trial.shape != (1, 1, size_px, size_px):
             raise ModelError(
                 f"{path}: the teacher gives {trial.shape} for one image; "
-                f"expected one logit a pixel, (1, 1, {size_px}, {size_px})"
+                f"expected one logit a pixel, (1, 1, {size_px}, {size_px}): is this file the teacher? "
+                "Another tensor of an ONNX graph is chosen with --set teacher_output=NAME"
             )
 
     def logits(self, images_NHWC: U8) -> F32:
@@ -199,7 +200,10 @@ def _read_pickle(path: Path) -> Any:
     except pickle.UnpicklingError:
         pass  # it holds more than tensors: read those, with everything else as stubs
     except Exception as error:
-        raise ModelError(f"{path}: not a torch checkpoint: {error}") from error
+        raise ModelError(
+            f"{path}: neither a torch checkpoint nor .safetensors or .onnx ({type(error).__name__}: "
+            f"{error}; it starts with {path.read_bytes()[:16]!r})"
+        ) from error
     dropped: set[str] = set()
     try:
         content = torch.load(

@@ -12,7 +12,7 @@ from PIL import Image
 from kdcache.errors import CacheError, ModelError
 from kdcache.imaging import IGNORE
 from kdcache.precompute import need
-from kdcache.precompute.check import Check, _better, check, look
+from kdcache.precompute.check import Check, _better, first_look
 from kdcache.precompute.dataset import Dataset, folder_dataset
 from kdcache.precompute.extract import extract
 from kdcache.precompute.job import open_job
@@ -75,7 +75,7 @@ def looked(standins: Standins, tmp_path, photos=None, **changes) -> Check:
     job = open_job(config, dataset, tmp_path / "c", split="train", device="cpu", limit=6,
                    tally=Tally(False))  # fmt: skip
     photos = rows(standins) if photos is None else photos
-    return check(look(photos, job.yolo, job.teacher), job.yolo, job.teacher, tmp_path / "p.png")
+    return first_look(photos, job.yolo, job.teacher, tmp_path / "p.png")[0]
 
 
 @pytest.fixture

@@ -22,10 +22,9 @@ from kdcache.errors import (
 from kdcache.imaging import decode_image, place, resize_image
 from kdcache.precompute import extract as engine
 from kdcache.precompute.dataset import folder_dataset, split_of
+from kdcache.precompute.plan import plan
 from kdcache.precompute.teacher import Teacher
 from kdcache.precompute.yolo import Yolo
-
-LOOKED_AT = 2  # photos that both models run on before the first row
 
 
 def test_float32_cache_holds_exactly_what_the_models_give(standins, tmp_path):
@@ -81,7 +80,7 @@ def test_interrupt_keeps_every_finished_row(standins, cache, tmp_path, monkeypat
     logits = Teacher.logits
 
     def interrupted(self, images):
-        if next(calls) == LOOKED_AT + 5:
+        if (tmp_path / "c").exists() and next(calls) == 5:  # after the first look
             raise KeyboardInterrupt
         return logits(self, images)
 
@@ -171,7 +170,7 @@ def test_row_whose_features_cannot_be_stored_is_skipped(standins, tmp_path, monk
     encode, calls = engine.codecs.encode, iter(range(99))
 
     def refuse_one(feature, tap):
-        if next(calls) == 1 + LOOKED_AT + 2:  # the first is the detector's own trial
+        if (tmp_path / "c").exists() and next(calls) == 2:  # after the first look
             raise SampleError("feature channel 7 is not finite")
         return encode(feature, tap)
 
@@ -181,6 +180,25 @@ def test_row_whose_features_cannot_be_stored_is_skipped(standins, tmp_path, monk
         4,
         ["feature channel 7 is not finite"],
     )
+
+
+def test_rows_that_cannot_be_stored_stop_neither_the_first_look_nor_a_plan(
+    standins, tmp_path, monkeypatch
+):
+    encode, calls = engine.codecs.encode, iter(range(999))
+
+    def refuse_some(feature, tap):
+        if next(calls) % 3 == 1:
+            raise SampleError("feature channel 7 is not finite")
+        return encode(feature, tap)
+
+    monkeypatch.setattr(engine.codecs, "encode", refuse_some)
+    report = standins.extract(tmp_path / "c", limit=6)
+    assert report.rows_total + len(report.skipped) == 6
+    assert report.skipped
+    dataset = folder_dataset(standins.images, standins.masks)
+    options = {"device": "cpu", "picture": tmp_path / "plan.png"}
+    assert plan(standins.config(), dataset, tmp_path / "d", **options).bytes > 0
 
 
 def test_dataset_without_one_good_image_leaves_nothing(standins, tmp_path):

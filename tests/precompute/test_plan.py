@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import tempfile
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -10,8 +12,9 @@ from conftest import SCENES, SIZE
 from PIL import Image
 
 from kdcache.cli import main
-from kdcache.errors import DatasetError, ModelError
+from kdcache.errors import CacheError, DatasetError, ModelError
 from kdcache.precompute import need
+from kdcache.precompute import plan as engine
 from kdcache.precompute.dataset import folder_dataset
 from kdcache.precompute.plan import plan
 
@@ -38,7 +41,8 @@ def test_a_plan_leaves_nothing_but_its_picture(standins, tmp_path):
     found = make_plan(standins, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["plan.png"]
     with Image.open(tmp_path / "plan.png") as picture:
-        assert picture.size[1] == 18 + SCENES * (240 + 18)
+        assert picture.size[1] == 18 + found.check.photos * (240 + 18)
+    assert 4 <= found.check.photos <= 8 < SCENES
     assert found.teacher_miou > 0.8
     assert found.fits
     assert found.seconds > 0
@@ -51,6 +55,34 @@ def test_a_plan_counts_what_is_left_to_do(standins, tmp_path):
     standins.extract(tmp_path / "c")
     with pytest.raises(DatasetError, match="nothing to plan: .* has all rows"):
         make_plan(standins, tmp_path)
+
+
+def test_a_plan_for_a_full_disk_is_a_plan_that_does_not_fit(standins, tmp_path, monkeypatch):
+    """Nothing is tried on a disk without the space for it."""
+    monkeypatch.setattr("kdcache.precompute.plan.free", lambda out: (5000, None))
+    beside = []
+    speed = engine._write_speed
+    monkeypatch.setattr(engine, "_write_speed", lambda at: beside.append(at.parent) or speed(at))
+    found = make_plan(standins, tmp_path)
+    assert (found.fits, found.free_bytes) == (False, 5000)
+    assert beside == [Path(tempfile.gettempdir())]
+
+
+def test_what_a_plan_says_fits_is_what_the_extraction_takes(standins, tmp_path, monkeypatch):
+    """Also within the margin, and where the cache has rows already."""
+    space = 10**9
+    for module in ("plan", "need"):
+        monkeypatch.setattr(f"kdcache.precompute.{module}.free", lambda out: (space, None))
+    needed = make_plan(standins, tmp_path).bytes
+    space = round(needed * 1.02)
+    assert not make_plan(standins, tmp_path).fits
+    with pytest.raises(CacheError, match="10 rows will take about"):
+        standins.extract(tmp_path / "c")
+    space = 10**9
+    standins.extract(tmp_path / "c", limit=4)
+    space = needed // 2
+    with pytest.raises(CacheError, match="6 rows will take about"):
+        standins.extract(tmp_path / "c")
 
 
 def test_a_plan_fails_where_the_extraction_would(standins, tmp_path):

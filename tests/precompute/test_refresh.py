@@ -5,14 +5,17 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shutil
+import signal
 import threading
 import time
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from click.testing import CliRunner
 from conftest import Standins, rows_equal
+from onnx import helper
 from tqdm import tqdm
 
 from kdcache.cache.reader import Cache
@@ -20,7 +23,7 @@ from kdcache.cache.refresh import Refresh
 from kdcache.cache.verify import verify
 from kdcache.cli import main
 from kdcache.durable import TEMPORARY_SUFFIX
-from kdcache.errors import CacheError, ConfigError, FingerprintError, SampleError
+from kdcache.errors import CacheError, ConfigError, FingerprintError, ModelError, SampleError
 from kdcache.precompute import refresh as engine
 from kdcache.precompute.refresh import refresh
 from kdcache.standins import save_detector, save_teacher
@@ -163,6 +166,77 @@ def test_a_row_that_cannot_be_refreshed_changes_nothing(standins, cache, copy, m
     assert verify(copy).ok
 
 
+def test_a_refresh_looks_first(standins, copy, cache, tmp_path, caplog, monkeypatch):
+    """Probabilities, a teacher of another input and a full disk are known before a row is computed."""
+    model = onnx.load(standins.teacher)
+    model.graph.node.extend(
+        [
+            helper.make_node("Sigmoid", ["logits"], ["p"]),
+            helper.make_node("Max", ["p", "p"], ["end"]),
+        ]
+    )
+    model.graph.output[0].name = "end"
+    onnx.save(model, tmp_path / "p.onnx")
+    with pytest.raises(ModelError, match="these are probabilities"):
+        refresh(standins.config(teacher_checkpoint=tmp_path / "p.onnx"), copy, "teacher")
+    save_teacher(tmp_path / "low.onnx", bias=-50)
+    monkeypatch.setattr("kdcache.precompute.need.free", lambda out: (1000, None))
+    settings = standins.config(teacher_checkpoint=tmp_path / "low.onnx")
+    with pytest.raises(CacheError, match="10 rows will take about .* 1.0 kB left"):
+        refresh(settings, copy, "teacher", device="cpu")
+    assert "the teacher's mIoU is" in caplog.text
+    assert (tmp_path / "c-check.png").is_file()
+    assert not list(copy.glob("commits.*"))
+    assert same(Cache(copy), cache)
+
+
+def test_a_full_disk_leaves_the_old_part(standins, others, copy, cache, monkeypatch):
+    def full(self, array):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as small:
+        small.setattr("kdcache.cache.shard.ShardFile.append", full)
+        with pytest.raises(CacheError, match="No space left.*the cache is the old one still"):
+            refresh(standins.config(**others), copy, "teacher", device="cpu")
+    assert same(Cache(copy), cache)
+    assert verify(copy).ok
+
+
+def test_a_folder_that_a_killed_refresh_left_empty_is_accounted_for(standins, others, copy):
+    config = standins.config(**others)
+    manifest, _ = engine._target(config, Cache(copy).manifest, "teacher", "cpu")
+    with Refresh(copy, manifest):
+        pass
+    (copy / "teacher_logits.1/zarr.json").unlink()
+    assert verify(copy).ok
+    refresh(config, copy, "teacher", device="cpu")
+    assert verify(copy).ok
+
+
+def test_stopped_between_two_rows_it_goes_on(standins, others, copy, cache, expected, monkeypatch):
+    config, rows = standins.config(**others), engine._rows
+
+    def stopping(*arguments):
+        for number, row in enumerate(rows(*arguments)):
+            if number == 1:
+                os.kill(os.getpid(), signal.SIGINT)
+            yield row
+
+    with monkeypatch.context() as stopped:
+        stopped.setattr(engine, "_rows", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            refresh(config, copy, "teacher", device="cpu")
+    assert same(Cache(copy), cache)
+    refresh(config, copy, "teacher", device="cpu")
+    assert same(Cache(copy), expected["teacher"])
+
+
+def test_features_cannot_be_added(standins, tmp_path):
+    standins.extract(tmp_path / "c", store="logits", limit=2)
+    with pytest.raises(ConfigError, match="holds logits only; features cannot be added"):
+        refresh(standins.config(), tmp_path / "c", "x", device="cpu")
+
+
 def test_what_is_missing_is_named(standins, copy, cache):
     with pytest.raises(ConfigError, match="no such part; nearest: .*teacher"):
         refresh(standins.config(), copy, "teach", device="cpu")
@@ -237,6 +311,17 @@ def test_the_command(standins, copy, others, expected):
     assert result.exit_code == 0, result.output
     assert "teacher of 10 rows computed anew" in result.stdout
     assert same(Cache(copy), expected["teacher"])
-    result = CliRunner().invoke(main, [*map(str, [*flags, "--images", standins.images])])
+    contradicting = [
+        "--images",
+        standins.images,
+        "--size",
+        256,
+        "--split",
+        "val",
+        "--yolo",
+        "d.onnx",
+    ]
+    result = CliRunner().invoke(main, [*map(str, [*flags, *contradicting])])
     assert result.exit_code == 2
-    assert "without --images" in result.stderr
+    for option in ("--images", "--yolo", "--size", "--split"):
+        assert option in result.stderr
