@@ -113,7 +113,7 @@ def plan_text(plan: Plan) -> str:
 
 def _check_rows(found: Check) -> list[Sequence[str]]:
     rows: list[Sequence[str]] = [
-        (f"on {found.photos} photos, given", "teacher mIoU", "detector explains")
+        (f"on {found.photos} photos, given", "teacher mIoU", "explained by features")
     ]
     rows += [(name, f"{score:.3f}", "") for name, score in found.teacher.items()]
     rows += [(name, "", f"{score:.3f}") for name, score in found.detector.items()]
