@@ -53,6 +53,10 @@ class ArraySpec:
         """What a row is on disk, after the transform."""
         return self.transform.stored(self.row)
 
+    def undo(self, stored: Any) -> Any:
+        """The row's array of a stored one, or of several: numpy or torch, with axes before it."""
+        return self.transform.inverse(stored, self.row)
+
     def shard_path(self, shard: int) -> str:
         """Path of a shard's file in the group: Zarr's default chunk key with `.` as separator."""
         zeros = ["0"] * len(self.stored.shape)

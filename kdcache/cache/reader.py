@@ -22,7 +22,7 @@ from kdcache.cache.format import (
     read_root,
 )
 from kdcache.cache.layout import IMAGE, MASK, ROWS, Manifest, TapSpec
-from kdcache.cache.shard import DamagedError, decode_chunk, read_chunk
+from kdcache.cache.shard import DamagedError, decode_chunk, read_chunk, read_index
 from kdcache.errors import CacheError, nearest
 
 log = logging.getLogger(__name__)
@@ -63,7 +63,8 @@ class Cache:
         self._places = [
             (c, slot) for c, commit in enumerate(commits) for slot in range(len(commit.keys))
         ]
-        self._specs = {spec.path: spec for spec in self.manifest.arrays()}
+        self.specs = {spec.path: spec for spec in self.manifest.arrays()}
+        self._indexes: dict[tuple[int, str], NDArray[np.uint64]] = {}
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -103,19 +104,29 @@ class Cache:
         return [index for index, key in enumerate(self.keys) if key.split == split]
 
     def read(self, index: int, array: str) -> NDArray[np.generic]:
-        """One row of one array, its transform undone (codes stay codes). May be read-only memory.
+        """One row of one array, its transform undone (codes stay codes).
 
         Raises CacheError when the bytes are not the ones that were committed.
         """
+        spec = self.specs[array]
+        stored = np.empty(spec.stored.shape, spec.stored.dtype)
+        self.read_stored(index, array, stored)
+        undone: NDArray[np.generic] = spec.undo(stored)
+        return undone
+
+    def read_stored(self, index: int, array: str, out: NDArray[np.generic]) -> int:
+        """One row of one array as it is stored, decompressed into `out`; returns the bytes read.
+
+        `out` is C-contiguous and of the array's stored form. Raises as `read` does.
+        """
         place, slot = self._places[index]
-        commit, spec = self.commits[place], self._specs[array]
-        path = self.path / spec.shard_path(commit.shard)
+        commit = self.commits[place]
+        path = self.path / self.specs[array].shard_path(commit.shard)
         try:
             record = commit.objects[array]
-            chunk = read_chunk(path, slot, self.manifest.shard_rows, record.size_bytes)
-            crc, form = record.crc(slot), spec.stored
-            stored = decode_chunk(chunk, crc, self.manifest.compression, form.dtype, form.shape)
-            return spec.transform.inverse(stored, spec.row)
+            index_of_shard = self._index(place, array, path, record.size_bytes)
+            chunk = read_chunk(path, slot, index_of_shard, record.size_bytes)
+            decode_chunk(chunk, record.crc(slot), self.manifest.compression, out)
         except (DamagedError, OSError, KeyError) as error:
             raise CacheError(
                 f"{path}: cannot read row {index} ({self.keys[index].sample_id}): {error}; the file "
@@ -123,6 +134,15 @@ class Cache:
                 f"delete {commit_path(self.path, self._commits, commit.shard).parent} and run extract "
                 "again"
             ) from error
+        return len(chunk)
+
+    def _index(self, place: int, array: str, path: Path, size_bytes: int) -> NDArray[np.uint64]:
+        """A shard's index, read once: 16 bytes a row and array stay in memory."""
+        index = self._indexes.get((place, array))
+        if index is None:
+            index = read_index(path, self.manifest.shard_rows, size_bytes)
+            self._indexes[place, array] = index
+        return index
 
     def decode_features(self, index: int, tap: TapSpec) -> NDArray[np.float32]:
         """The (C, h, w) float32 feature map of one row and tap."""
@@ -131,11 +151,12 @@ class Cache:
 
     def read_features(self, index: int, tap: TapSpec) -> dict[str, NDArray[np.generic]]:
         """What is stored of one row and tap, by the arrays' names in the tap's folder."""
-        return {
-            path.removeprefix(tap.folder + "/"): self.read(index, path)
-            for path in self._specs
-            if path.startswith(tap.folder + "/")
-        }
+        return {name: self.read(index, path) for path, name in self.arrays_of(tap).items()}
+
+    def arrays_of(self, tap: TapSpec) -> dict[str, str]:
+        """The arrays of a tap, and their names in its folder."""
+        folder = tap.folder + "/"
+        return {path: path.removeprefix(folder) for path in self.specs if path.startswith(folder)}
 
 
 class Row:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import math
+import io
 import os
 import struct
 import threading
@@ -24,7 +24,7 @@ import numpy as np
 import zstandard
 from numcodecs.blosc import Blosc
 from numcodecs.zstd import Zstd
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
 from kdcache.durable import TEMPORARY_SUFFIX, fsync
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 _EMPTY = 2**64 - 1
 _CRC_BYTES = 4
+_ZSTD_HEADER_BYTES = 18  # at most
 
 # A window of 16 KiB makes blocks of 16 KiB, so the entropy tables follow the channels: 3 % fewer
 # bytes of int8 codes than with zstd's own 128 KiB, and written faster (docs/log.md).
@@ -40,7 +41,8 @@ ZSTD_LEVEL, _ZSTD_WINDOW_LOG = 1, 14
 LZ4_LEVEL = 5
 _LZ4 = Blosc(cname="lz4", clevel=LZ4_LEVEL, shuffle=Blosc.BITSHUFFLE)
 _DECODERS = {"zstd": Zstd(), "lz4": _LZ4}
-_thread = threading.local()  # a ZstdCompressor must not be shared between threads
+# Of each thread: a ZstdCompressor, which must not be shared, and the bytes read last.
+_thread = threading.local()
 
 
 class DamagedError(Exception):
@@ -59,22 +61,40 @@ def encode_chunk(array: NDArray[np.generic], compression: Compression) -> tuple[
 
 
 def decode_chunk(
-    stored: bytes, crc: int, compression: Compression, dtype: DTypeLike, shape: tuple[int, ...]
-) -> NDArray[np.generic]:
-    """The row's array; raises DamagedError unless the bytes are those whose `crc` was committed."""
+    stored: NDArray[np.uint8], crc: int, compression: Compression, out: NDArray[np.generic]
+) -> None:
+    """A row's array into `out`; raises DamagedError unless these are the bytes that were committed.
+
+    `stored` are those on disk, `crc` is the committed checksum of their compressed part.
+    """
     if len(stored) < _CRC_BYTES:
         raise DamagedError("chunk is shorter than its checksum")
-    compressed = stored[:-_CRC_BYTES]
-    if not (google_crc32c.value(compressed) == crc == struct.unpack("<I", stored[-4:])[0]):
+    compressed, kept = stored[:-_CRC_BYTES], int.from_bytes(stored[-_CRC_BYTES:].data, "little")
+    if not google_crc32c.value(compressed) == crc == kept:
         raise DamagedError("checksum of the chunk differs from the committed one")
+    flat = out.view(np.uint8).reshape(-1)
+    found = _decoded_bytes(compressed, compression)
+    if found != flat.size:
+        raise DamagedError(f"chunk holds {found} bytes, {flat.size} expected")
+    if compression == "none":
+        flat[:] = compressed
+        return
     try:
-        raw = compressed if compression == "none" else _DECODERS[compression].decode(compressed)
-        array = np.frombuffer(raw, dtype)
+        _DECODERS[compression].decode(compressed, flat)
     except (RuntimeError, ValueError) as error:
         raise DamagedError(f"chunk does not decompress: {error}") from error
-    if array.size != math.prod(shape):
-        raise DamagedError(f"chunk holds {array.size} values, {math.prod(shape)} expected")
-    return array.reshape(shape)
+
+
+def _decoded_bytes(compressed: NDArray[np.uint8], compression: Compression) -> int:
+    """How many bytes a chunk says it decompresses to."""
+    if compression == "none":
+        return compressed.size
+    if compression == "lz4":  # Blosc: four bytes of versions and flags, then the length
+        return int.from_bytes(compressed[4:8].data, "little")
+    try:
+        return zstandard.frame_content_size(compressed[:_ZSTD_HEADER_BYTES].data)
+    except zstandard.ZstdError as error:
+        raise DamagedError(f"chunk is no zstd frame: {error}") from error
 
 
 def _zstd_compressor() -> zstandard.ZstdCompressor:
@@ -112,17 +132,39 @@ def chunk_range(index: NDArray[np.uint64], slot: int, size_bytes: int) -> tuple[
     return offset, length
 
 
-def read_chunk(path: Path, slot: int, slots: int, size_bytes: int) -> bytes:
-    """The stored bytes of one slot; `size_bytes` is the file's committed size."""
-    with open(path, "rb", buffering=0) as file:
-        descriptor = file.fileno()
-        found = os.fstat(descriptor).st_size
-        if found != size_bytes:
-            raise DamagedError(f"file has {found} bytes, {size_bytes} were committed")
-        tail_bytes = index_bytes(slots)
-        index = decode_index(os.pread(descriptor, tail_bytes, found - tail_bytes), slots)
-        offset, length = chunk_range(index, slot, found)
-        return os.pread(descriptor, length, offset)
+def read_index(path: Path, slots: int, size_bytes: int) -> NDArray[np.uint64]:
+    """The index of a shard file; `size_bytes` is the file's committed size."""
+    tail_bytes = index_bytes(slots)
+    with _opened(path, size_bytes) as file:
+        tail = os.pread(file.fileno(), tail_bytes, max(0, size_bytes - tail_bytes))
+    return decode_index(tail, slots)
+
+
+def read_chunk(
+    path: Path, slot: int, index: NDArray[np.uint64], size_bytes: int
+) -> NDArray[np.uint8]:
+    """The stored bytes of one slot, and no others; valid until this thread reads the next."""
+    offset, length = chunk_range(index, slot, size_bytes)
+    buffer: NDArray[np.uint8] | None = getattr(_thread, "buffer", None)
+    if buffer is None or len(buffer) < length:
+        _thread.buffer = buffer = np.empty(length, np.uint8)
+    read = 0
+    with _opened(path, size_bytes) as file:
+        while read < length:
+            got = os.preadv(file.fileno(), [buffer[read:length].data], offset + read)
+            if not got:
+                raise DamagedError(f"file ends {length - read} bytes early")
+            read += got
+    return buffer[:length]
+
+
+def _opened(path: Path, size_bytes: int) -> io.FileIO:
+    file = open(path, "rb", buffering=0)  # noqa: SIM115 - the caller closes it
+    found = os.fstat(file.fileno()).st_size
+    if found != size_bytes:
+        file.close()
+        raise DamagedError(f"file has {found} bytes, {size_bytes} were committed")
+    return file
 
 
 @dataclass(frozen=True, kw_only=True)

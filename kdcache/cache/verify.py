@@ -304,10 +304,10 @@ def _check_shard(path: Path, root: Root, commit: Commit, spec: ArraySpec) -> Ite
         for slot, key in enumerate(commit.keys):
             try:
                 offset, length = chunk_range(index, slot, len(data))
-                chunk, form = data[offset : offset + length], spec.stored
-                compression = root.manifest.compression
-                stored = decode_chunk(chunk, record.crc(slot), compression, form.dtype, form.shape)
-                _check_values(spec, spec.transform.inverse(stored, spec.row), key)
+                chunk = np.frombuffer(data, np.uint8, length, offset)
+                stored = np.empty(spec.stored.shape, spec.stored.dtype)
+                decode_chunk(chunk, record.crc(slot), root.manifest.compression, stored)
+                _check_values(spec, spec.undo(stored), key)
             except DamagedError as error:
                 spoilt[key.sample_id] = str(error)
     except DamagedError as error:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kdcache.cache import codecs
 from kdcache.cache.format import RowKey
-from kdcache.cache.layout import IMAGE, LOGITS, MASK
+from kdcache.cache.layout import IMAGE, LOGITS, MASK, TapSpec
 from kdcache.cache.reader import Cache
 from kdcache.train.student import normalised
 
-# Batches read ahead of the step that uses them; each costs its decoded size in memory.
+# Batches read ahead of the step that uses them; each costs its stored size in memory.
 _AHEAD = 2
 
 
@@ -72,44 +74,143 @@ def read_batches(
     device: str | torch.device,
     taps: Sequence[str],
     workers: int = 2,
+    *,
+    logits: bool = True,
 ) -> Iterator[Batch]:
-    """One batch for each group of row numbers, in order."""
-    waiting: deque[tuple[Sequence[int], list[Future[_Parts]]]] = deque()
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="loader")
+    """One batch for each group of row numbers, in order; without `logits` none are read.
+
+    What is stored goes to the device as it is, and is decoded there. On the CPU that is done when
+    the batch is asked for, on all cores: beside a step it would slow the step by more.
+    """
+    specs = [cache.tap(tap) for tap in taps]
+    wanted = [IMAGE, MASK]
+    if logits and cache.has_logits:
+        wanted.append(cache.manifest.logits_path)
+    wanted += [path for tap in specs for path in cache.arrays_of(tap)]
+    place = torch.device(device)
+    on_host = place.type == "cpu"
+    with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
+        for rows, stored in read_stored(cache, groups, wanted, workers, pinned=not on_host):
+            if on_host:
+                host = {path: tensor.numpy() for path, tensor in stored.items()}
+                parts = _decoded_on_host(cache, host, specs, len(rows), pool)
+            else:
+                there = {path: t.to(place, non_blocking=True) for path, t in stored.items()}
+                copied = torch.cuda.Event()
+                copied.record()
+                parts = _decoded(cache, there, specs)
+            found = parts.get(LOGITS)
+            yield Batch(
+                image=normalised(parts[IMAGE]),
+                mask=parts[MASK][:, None],
+                logits=None if found is None else found[:, None].float(),
+                features={tap.name: parts[tap.name] for tap in specs},
+                keys=[cache.keys[row] for row in rows],
+            )
+            if not on_host:
+                copied.synchronize()  # the host's memory is about to be used again
+
+
+def read_stored(
+    cache: Cache,
+    groups: Iterable[Sequence[int]],
+    arrays: Sequence[str],
+    workers: int = 2,
+    *,
+    pinned: bool = False,
+) -> Iterator[tuple[Sequence[int], dict[str, Tensor]]]:
+    """The rows of each group as they are stored: (N, *stored form) of each array, in host memory.
+
+    That memory is used again: a group's is valid until the next is asked for. All of it is
+    `_AHEAD` + 1 batches. Raises CacheError for rows that are not what was committed.
+    """
+    ring = [_Buffers(cache, arrays, pinned) for _ in range(_AHEAD + 1)]
+    waiting: deque[tuple[Sequence[int], dict[str, Tensor], list[Future[None]]]] = deque()
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="read")
     try:
-        for chosen in groups:
-            waiting.append((chosen, [pool.submit(_read_row, cache, row, taps) for row in chosen]))
+        for number, rows in enumerate(groups):
+            stored = ring[number % len(ring)].of(len(rows))
+            reads = [pool.submit(_read_row, cache, row, stored, n) for n, row in enumerate(rows)]
+            waiting.append((rows, stored, reads))
             if len(waiting) > _AHEAD:
-                yield _collate(cache, *waiting.popleft(), device)
+                yield _finished(*waiting.popleft())
         while waiting:
-            yield _collate(cache, *waiting.popleft(), device)
+            yield _finished(*waiting.popleft())
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-_Parts = dict[str, NDArray[np.generic]]
+class _Buffers:
+    """Host memory of one batch, that grows to the largest."""
+
+    def __init__(self, cache: Cache, arrays: Sequence[str], pinned: bool) -> None:
+        self._forms = {path: cache.specs[path].stored for path in arrays}
+        self._pinned = pinned
+        self._rows = 0
+        self._tensors: dict[str, Tensor] = {}
+
+    def of(self, rows: int) -> dict[str, Tensor]:
+        if rows > self._rows:
+            self._tensors = {
+                path: torch.empty(
+                    (rows, *form.shape), dtype=getattr(torch, form.dtype), pin_memory=self._pinned
+                )
+                for path, form in self._forms.items()
+            }
+            self._rows = rows
+        return {path: tensor[:rows] for path, tensor in self._tensors.items()}
 
 
-def _read_row(cache: Cache, row: int, taps: Sequence[str]) -> _Parts:
-    parts = {name: cache.read(row, name) for name in (IMAGE, MASK)}
-    if cache.has_logits:
-        parts[LOGITS] = cache.read(row, cache.manifest.logits_path)
-    return parts | {tap: cache.decode_features(row, cache.tap(tap)) for tap in taps}
+def _read_row(cache: Cache, row: int, stored: Mapping[str, Tensor], n: int) -> None:
+    for path, tensor in stored.items():
+        cache.read_stored(row, path, tensor[n].numpy())
 
 
-def _collate(
-    cache: Cache, rows: Sequence[int], parts: list[Future[_Parts]], device: str | torch.device
-) -> Batch:
-    columns = [future.result() for future in parts]
-    stacked = {
-        name: torch.from_numpy(np.stack([part[name] for part in columns])).to(device)
-        for name in columns[0]
-    }
-    image, mask, logits = stacked.pop(IMAGE), stacked.pop(MASK), stacked.pop(LOGITS, None)
-    return Batch(
-        image=normalised(image),
-        mask=mask[:, None],
-        logits=None if logits is None else logits[:, None].float(),
-        features=stacked,
-        keys=[cache.keys[row] for row in rows],
-    )
+def _finished(
+    rows: Sequence[int], stored: dict[str, Tensor], reads: Iterable[Future[None]]
+) -> tuple[Sequence[int], dict[str, Tensor]]:
+    for read in reads:
+        read.result()
+    return rows, stored
+
+
+def _decoded(
+    cache: Cache,
+    stored: Mapping[str, Any],
+    taps: Sequence[TapSpec],
+    out: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Image, mask, logits and feature maps of one row or of a batch, in numpy or torch."""
+    undone = {path: cache.specs[path].undo(array) for path, array in stored.items()}
+    parts = {name: undone[name] for name in (IMAGE, MASK)}
+    if cache.manifest.logits_path in undone:
+        parts[LOGITS] = undone[cache.manifest.logits_path]
+    for tap in taps:
+        arrays = {name: undone[path] for path, name in cache.arrays_of(tap).items()}
+        parts[tap.name] = codecs.decode(arrays, tap, None if out is None else out[tap.name])
+    return parts
+
+
+def _decoded_on_host(
+    cache: Cache,
+    stored: Mapping[str, NDArray[Any]],
+    taps: Sequence[TapSpec],
+    rows: int,
+    pool: ThreadPoolExecutor,
+) -> dict[str, Tensor]:
+    """The same of a batch in numpy, a row at a time: one row fits the processor's cache."""
+    form = {IMAGE: cache.specs[IMAGE].row, MASK: cache.specs[MASK].row}
+    if cache.manifest.logits_path in stored:
+        form[LOGITS] = cache.specs[cache.manifest.logits_path].row
+    out = {name: np.empty((rows, *row.shape), row.dtype) for name, row in form.items()}
+    maps = {tap.name: np.empty((rows, *tap.shape), np.float32) for tap in taps}
+
+    def decode(n: int) -> None:
+        one = {path: array[n] for path, array in stored.items()}
+        parts = _decoded(cache, one, taps, {name: array[n] for name, array in maps.items()})
+        for name, array in out.items():
+            array[n] = parts[name]
+
+    for _ in pool.map(decode, range(rows)):
+        pass
+    return {name: torch.from_numpy(array) for name, array in (out | maps).items()}
