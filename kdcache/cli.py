@@ -16,6 +16,7 @@ import click
 from click.core import ParameterSource
 
 from kdcache import __version__
+from kdcache.allocator import keep_freed_memory
 from kdcache.errors import KdcacheError
 from kdcache.options import (
     Command,
@@ -72,6 +73,7 @@ def main() -> None:
     `train` uses the cache alone.
     """
     _log_to_stderr()
+    keep_freed_memory()
     # Pillow's remarks on odd files name no file; what matters of them is an error of ours
     warnings.filterwarnings("ignore", module=r"PIL\.")
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from kdcache.cache.reader import Cache
 from kdcache.config import TrainConfig
 from kdcache.train import loop
+from kdcache.train.step import read
 from kdcache.train.student import build_student
 
 
@@ -34,8 +35,9 @@ def test_20_steps_from_a_float32_cache_equal_20_online(standins, reference, tmp_
     steps, take_step = [], loop.take_step
 
     def recorded(*arguments):
-        steps.append(take_step(*arguments))
-        return dict(steps[-1])
+        taken = take_step(*arguments)
+        steps.extend(read([taken]))
+        return taken
 
     monkeypatch.setattr(loop, "take_step", recorded)
     loop.train(cache.path, tmp_path / "run", config, device="cpu")

@@ -18,7 +18,17 @@ ALLOWED = {
     "precompute": {"precompute", "cache"},
     "train": {"train", "cache"},
 }
-FOUNDATION = {"errors", "config", "imaging", "durable", "drawing", "stop", "tables", "progress"}
+FOUNDATION = {
+    "allocator",
+    "errors",
+    "config",
+    "imaging",
+    "durable",
+    "drawing",
+    "stop",
+    "tables",
+    "progress",
+}
 
 
 def imports(path: Path, top_level_only: bool = False) -> set[str]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,13 @@ from kdcache.cache.shard import DamagedError, decode_chunk, read_chunk, read_ind
 from kdcache.errors import CacheError, nearest
 
 log = logging.getLogger(__name__)
+
+
+class Reading(NamedTuple):
+    """Bytes that came from the storage, and how long a thread waited for them."""
+
+    size_bytes: int = 0
+    seconds: float = 0.0
 
 
 class Cache:
@@ -114,8 +122,8 @@ class Cache:
         undone: NDArray[np.generic] = spec.undo(stored)
         return undone
 
-    def read_stored(self, index: int, array: str, out: NDArray[np.generic]) -> int:
-        """One row of one array as it is stored, decompressed into `out`; returns the bytes read.
+    def read_stored(self, index: int, array: str, out: NDArray[np.generic]) -> Reading:
+        """One row of one array as it is stored, decompressed into `out`.
 
         `out` is C-contiguous and of the array's stored form. Raises as `read` does.
         """
@@ -125,7 +133,9 @@ class Cache:
         try:
             record = commit.objects[array]
             index_of_shard = self._index(place, array, path, record.size_bytes)
+            started = time.perf_counter()
             chunk = read_chunk(path, slot, index_of_shard, record.size_bytes)
+            reading = Reading(len(chunk), time.perf_counter() - started)
             decode_chunk(chunk, record.crc(slot), self.manifest.compression, out)
         except (DamagedError, OSError, KeyError) as error:
             raise CacheError(
@@ -134,7 +144,7 @@ class Cache:
                 f"delete {commit_path(self.path, self._commits, commit.shard).parent} and run extract "
                 "again"
             ) from error
-        return len(chunk)
+        return reading
 
     def _index(self, place: int, array: str, path: Path, size_bytes: int) -> NDArray[np.uint64]:
         """A shard's index, read once: 16 bytes a row and array stay in memory."""

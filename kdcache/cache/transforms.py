@@ -112,7 +112,7 @@ class Nibbles:
             codes = self._shifted(packed)
         return codes[:, : math.prod(row.shape)].reshape((*stored.shape[:-1], *row.shape))
 
-    def _looked_up(self, packed: Array) -> U8:
+    def _looked_up(self, packed: NDArray[Any]) -> U8:
         """The codes of one row, each stored byte's from a table: in numpy twice as fast as shifts."""
         low, count = self.bits - 4, packed.size * 8 // self.bits
         half, (upper, lower) = count // 2, _tables(self.bits)
@@ -125,7 +125,7 @@ class Nibbles:
             upper.take(pairs, out=block.view(upper.dtype), mode="clip")
             if low:
                 rest = packed[half + start * low // 8 : half + stop * low // 8]
-                wide = block.view(lower.dtype)
+                wide: NDArray[Any] = block.view(lower.dtype)
                 wide |= lower.take(rest, mode="clip")
         return codes
 
@@ -141,7 +141,7 @@ class Nibbles:
 
 
 @functools.cache
-def _tables(bits: int) -> tuple[Array, Array]:
+def _tables(bits: int) -> tuple[NDArray[Any], NDArray[Any]]:
     """What a byte of two upper parts, and one of lower parts, adds to its codes, as one wide word."""
     low, byte = bits - 4, np.arange(256)
     upper = np.stack([byte >> 4, byte & 15], axis=-1) << low
@@ -264,7 +264,7 @@ def _summed(residuals: AnyArray) -> AnyArray:
     return residuals.cumsum(-2, dtype=dtype).cumsum(-1, dtype=dtype)
 
 
-def _sums(residuals: Array) -> NDArray[np.int32]:
+def _sums(residuals: NDArray[Any]) -> NDArray[np.int32]:
     """The same of uint8 in numpy, modulo 2^32. OpenCV's integral is ten times as fast as cumsum."""
     *before, height, width = residuals.shape
     summed = np.empty((*before, height, width), np.int32)
@@ -276,7 +276,8 @@ def _sums(residuals: Array) -> NDArray[np.int32]:
 @functools.cache
 def _positions(height: int, width: int) -> NDArray[np.int32]:
     """(y + 1)·(x + 1): how many values a sum is over."""
-    return np.outer(np.arange(1, height + 1, dtype=np.int32), np.arange(1, width + 1))
+    y, x = (np.arange(1, side + 1, dtype=np.int32) for side in (height, width))
+    return y[:, None] * x
 
 
 def _bits(array: Array) -> NDArray[np.unsignedinteger[Any]]:

@@ -16,11 +16,25 @@ from torch import Tensor
 from kdcache.cache import codecs
 from kdcache.cache.format import RowKey
 from kdcache.cache.layout import IMAGE, LOGITS, MASK, TapSpec
-from kdcache.cache.reader import Cache
+from kdcache.cache.reader import Cache, Reading
 from kdcache.train.student import normalised
 
 # Batches read ahead of the step that uses them; each costs its stored size in memory.
 _AHEAD = 2
+
+
+@dataclass
+class Tally:
+    """What a loader took from the storage so far."""
+
+    size_bytes: int = 0
+    seconds: float = 0.0  # that its threads waited for these bytes, added up
+    threads: int = 1
+
+    @property
+    def bytes_per_s(self) -> float:
+        """What the storage gives to all threads together."""
+        return self.size_bytes * self.threads / self.seconds if self.seconds else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +90,7 @@ def read_batches(
     workers: int = 2,
     *,
     logits: bool = True,
+    tally: Tally | None = None,
 ) -> Iterator[Batch]:
     """One batch for each group of row numbers, in order; without `logits` none are read.
 
@@ -90,13 +105,14 @@ def read_batches(
     place = torch.device(device)
     on_host = place.type == "cpu"
     with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
-        for rows, stored in read_stored(cache, groups, wanted, workers, pinned=not on_host):
+        source = read_stored(cache, groups, wanted, workers, pinned=not on_host, tally=tally)
+        for rows, stored in source:
             if on_host:
                 host = {path: tensor.numpy() for path, tensor in stored.items()}
                 parts = _decoded_on_host(cache, host, specs, len(rows), pool)
             else:
                 there = {path: t.to(place, non_blocking=True) for path, t in stored.items()}
-                copied = torch.cuda.Event()
+                copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
                 copied.record()
                 parts = _decoded(cache, there, specs)
             found = parts.get(LOGITS)
@@ -118,14 +134,17 @@ def read_stored(
     workers: int = 2,
     *,
     pinned: bool = False,
+    tally: Tally | None = None,
 ) -> Iterator[tuple[Sequence[int], dict[str, Tensor]]]:
     """The rows of each group as they are stored: (N, *stored form) of each array, in host memory.
 
     That memory is used again: a group's is valid until the next is asked for. All of it is
     `_AHEAD` + 1 batches. Raises CacheError for rows that are not what was committed.
     """
+    tally = Tally() if tally is None else tally
+    tally.threads = workers
     ring = [_Buffers(cache, arrays, pinned) for _ in range(_AHEAD + 1)]
-    waiting: deque[tuple[Sequence[int], dict[str, Tensor], list[Future[None]]]] = deque()
+    waiting: deque[tuple[Sequence[int], dict[str, Tensor], list[Future[list[Reading]]]]] = deque()
     pool = ThreadPoolExecutor(workers, thread_name_prefix="read")
     try:
         for number, rows in enumerate(groups):
@@ -133,9 +152,9 @@ def read_stored(
             reads = [pool.submit(_read_row, cache, row, stored, n) for n, row in enumerate(rows)]
             waiting.append((rows, stored, reads))
             if len(waiting) > _AHEAD:
-                yield _finished(*waiting.popleft())
+                yield _finished(*waiting.popleft(), tally)
         while waiting:
-            yield _finished(*waiting.popleft())
+            yield _finished(*waiting.popleft(), tally)
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -161,16 +180,20 @@ class _Buffers:
         return {path: tensor[:rows] for path, tensor in self._tensors.items()}
 
 
-def _read_row(cache: Cache, row: int, stored: Mapping[str, Tensor], n: int) -> None:
-    for path, tensor in stored.items():
-        cache.read_stored(row, path, tensor[n].numpy())
+def _read_row(cache: Cache, row: int, stored: Mapping[str, Tensor], n: int) -> list[Reading]:
+    return [cache.read_stored(row, path, tensor[n].numpy()) for path, tensor in stored.items()]
 
 
 def _finished(
-    rows: Sequence[int], stored: dict[str, Tensor], reads: Iterable[Future[None]]
+    rows: Sequence[int],
+    stored: dict[str, Tensor],
+    reads: Iterable[Future[list[Reading]]],
+    tally: Tally,
 ) -> tuple[Sequence[int], dict[str, Tensor]]:
     for read in reads:
-        read.result()
+        for reading in read.result():
+            tally.size_bytes += reading.size_bytes
+            tally.seconds += reading.seconds
     return rows, stored
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,12 @@ from kdcache.drawing import save
 from kdcache.errors import RunError, device_memory
 from kdcache.imaging import BACKGROUND, PERSON
 from kdcache.stop import StopRequest
+from kdcache.tables import megabytes
 from kdcache.train import schedule
 from kdcache.train.advice import advice
 from kdcache.train.curves import Curves
 from kdcache.train.evaluate import score
-from kdcache.train.loader import Batch, chunked, read_batches, shuffled
+from kdcache.train.loader import Batch, Tally, chunked, read_batches, shuffled
 from kdcache.train.overlay import overlay, shown_rows
 from kdcache.train.parallel import Processes, joined
 from kdcache.train.reach import find_reach, reach_text, reaches_student
@@ -44,7 +46,15 @@ from kdcache.train.run_folder import (
     write_config,
     write_metrics,
 )
-from kdcache.train.step import Trainee, build_optimizer, half_dtype, set_learning_rate, take_step
+from kdcache.train.step import (
+    Taken,
+    Trainee,
+    build_optimizer,
+    half_dtype,
+    read,
+    set_learning_rate,
+    take_step,
+)
 from kdcache.train.student import TAP_STRIDE, Projection, Student, build_student, resolve_device
 
 log = logging.getLogger(__name__)
@@ -54,6 +64,12 @@ _SAVE_EVERY_S = 300.0
 
 # Rows that are looked through for a label before the table of what each loss reaches.
 _PROBED_ROWS = 256
+
+# Steps after which the host reads the numbers of those it queued; on the CPU after each.
+_READ_EVERY = 16
+
+# Of an epoch of so many steps or more, the share of waiting from which on it is worth a word.
+_JUDGED_STEPS, _DATA_WAIT = 10, 0.02
 
 # Rows that the mean and deviation of the feature target are taken from.
 _STANDARDISE_ROWS = 64
@@ -162,6 +178,11 @@ class _Run:
     def taps(self) -> list[str]:
         return [self.tap.name] if self.tap else []
 
+    @property
+    def uses_logits(self) -> bool:
+        """Nothing is read that no loss is of."""
+        return bool(self.config.kl_weight or self.config.mse_weight)
+
     def picture(self, epoch: int) -> Path:
         return self.out / "visualizations" / f"epoch_{epoch:03d}.jpg"
 
@@ -208,7 +229,10 @@ def _train_epoch(run: _Run, model: nn.Module, state: State, epoch: int) -> dict[
     order = shuffled(run.train_rows, config.seed, epoch)
     plan = _steps(order, config, processes)
     todo = plan[state.steps :]
-    source = read_batches(run.cache, [rows for step in todo for rows in step], run.device, run.taps)
+    tally, groups = Tally(), [rows for step in todo for rows in step]
+    source = read_batches(
+        run.cache, groups, run.device, run.taps, logits=run.uses_logits, tally=tally
+    )
     title = f"epoch {epoch + 1}/{config.epochs}"
     bar = tqdm(
         desc=title,
@@ -218,20 +242,23 @@ def _train_epoch(run: _Run, model: nn.Module, state: State, epoch: int) -> dict[
         disable=None if run.progress else True,
     )
     model.train()
-    images, data_wait_s, started = 0, 0.0, time.monotonic()
+    before, waits, started = state.sums.get("images", 0.0), list[float](), time.monotonic()
     saved = started
+    every = 1 if torch.device(run.device).type == "cpu" else _READ_EVERY
+    queued: list[Taken] = []
     with bar:
-        for step in todo:
+        for number, step in enumerate(todo, 1):
             waited = time.monotonic()
             batches = [next(source) for _ in step]
-            data_wait_s += time.monotonic() - waited
-            values = _take_step(run, model, state, batches, epoch, len(plan))
-            for name, value in values.items():
-                state.sums[name] = state.sums.get(name, 0.0) + value
+            waits.append(time.monotonic() - waited)
+            queued.append(_take_step(run, model, state, batches, epoch, len(plan)))
             state.steps += 1
-            images += round(values["images"])
-            bar.set_postfix(loss=f"{values['total'] / values['images']:.4f}", refresh=False)
-            bar.update(round(values["images"]))
+            if len(queued) < every and number < len(todo):
+                continue
+            last = _read(run, state, queued, epoch)
+            queued.clear()
+            bar.set_postfix(loss=f"{last['total']:.4f}", refresh=False)
+            bar.update(round(state.sums["images"]) - bar.n)
             stop = processes.any(run.stop.asked, run.device)
             if processes.leads and (stop or time.monotonic() - saved > _SAVE_EVERY_S):
                 save_progress(run.out, state)
@@ -244,40 +271,76 @@ def _train_epoch(run: _Run, model: nn.Module, state: State, epoch: int) -> dict[
     if processes.leads:
         save_progress(run.out, state)  # validation may take long
     seconds = time.monotonic() - started
+    waited = sum(waits[1:])  # nothing can be read ahead of an epoch's first step
+    if len(todo) >= _JUDGED_STEPS and waited > _DATA_WAIT * seconds:
+        log.warning("%s", _waited_words(tally, waited, seconds))
     return {
-        "images_per_s": images / seconds,
+        "images_per_s": (state.sums["images"] - before) / seconds,
         "step_ms": 1000 * seconds / len(todo),
-        "data_wait_ms": 1000 * data_wait_s / len(todo),
+        "data_wait_ms": 1000 * sum(waits) / len(todo),
     }
+
+
+def _waited_words(tally: Tally, data_wait_s: float, seconds: float) -> str:
+    """Whether it was the storage or the decoding that steps waited for, and what helps."""
+    needed = tally.size_bytes / (seconds - data_wait_s)
+    text = (
+        f"{data_wait_s / seconds:.0%} of the time went into waiting for data: the steps need "
+        f"{megabytes(needed)}/s, the storage gave {megabytes(tally.bytes_per_s)}/s"
+    )
+    if tally.bytes_per_s < needed:
+        return text + "; put the cache on a faster disk, or extract it at fewer bits"
+    return text + (
+        ", so it is decompressing and decoding that cannot keep up: a cache of --compression lz4 or "
+        "none takes less of it"
+    )
 
 
 def _take_step(
     run: _Run, model: nn.Module, state: State, batches: list[Batch], epoch: int, steps: int
-) -> dict[str, float]:
-    """One update; returns each loss times the images it is a mean over, and those images."""
+) -> Taken:
+    """One update, at the learning rate, temperature and random numbers of its place in the run."""
     config = run.config
     learning_rate = schedule.learning_rate(config, epoch, epoch * steps + state.steps)
     set_learning_rate(state.optimizer, learning_rate)
     seed(config.seed, epoch, state.steps, run.processes.rank)
     temperature = schedule.temperature(config, epoch)
+    remedy = "lower --batch-size (--set gradient_accumulation=N keeps the step as large), or use "
+    with (
+        device_memory("training", remedy + "--mixed-precision"),
+        _at_step(config, epoch, lambda: state.steps + 1),
+    ):
+        return take_step(model, state, batches, config, temperature, run.processes)
+
+
+def _read(run: _Run, state: State, queued: Sequence[Taken], epoch: int) -> dict[str, float]:
+    """Add up what the queued steps measured; returns the last one's numbers."""
+    first, numbers = state.steps - len(queued) + 1, itertools.count()
+    values: dict[str, float] = {}
+    with _at_step(run.config, epoch, lambda: first + next(numbers)):
+        for values in read(queued):
+            next(numbers)
+            # a loss is a mean over its images
+            over = {"bce": values["labelled_images"], "dice": values["labelled_images"]}
+            for name, value in values.items():
+                counted = name in ("images", "labelled_images", "skipped")
+                weight = 1 if counted else over.get(name, values["images"])
+                state.sums[name] = state.sums.get(name, 0.0) + value * weight
+    return values
+
+
+@contextlib.contextmanager
+def _at_step(config: TrainConfig, epoch: int, step: Callable[[], int]) -> Iterator[None]:
+    """Say where in the run an error came, and what can be done."""
     try:
-        remedy = (
-            "lower --batch-size (--set gradient_accumulation=N keeps the step as large), or use "
-        )
-        with device_memory("training", remedy + "--mixed-precision"):
-            values = take_step(model, state, batches, config, temperature, run.processes)
+        yield
     except RunError as error:
         raise RunError(
-            f"epoch {epoch + 1}/{config.epochs}, step {state.steps + 1}: {error}; the run stops at "
+            f"epoch {epoch + 1}/{config.epochs}, step {step()}: {error}; the run stops at "
             "what it last saved, and a resume would come here again: start another with a lower "
             "learning_rate or loss weight"
             + (" or without --mixed-precision" * config.mixed_precision)
         ) from error
-    images, labelled = values.pop("images"), values.pop("labelled_images")
-    skipped = values.pop("skipped")
-    weights = {"bce": labelled, "dice": labelled}
-    sums = {name: value * weights.get(name, images) for name, value in values.items()}
-    return sums | {"images": images, "labelled_images": labelled, "skipped": skipped}
 
 
 def _means(sums: dict[str, float]) -> dict[str, float | None]:
@@ -426,7 +489,9 @@ def _say_reach(run: _Run, state: State) -> None:
     """Show what each loss can change, and warn where features are learned to be thrown away."""
     if not run.processes.leads:
         return
-    (batch,) = read_batches(run.cache, [_probe_rows(run)], run.device, run.taps)
+    (batch,) = read_batches(
+        run.cache, [_probe_rows(run)], run.device, run.taps, logits=run.uses_logits
+    )
     with device_memory("back-propagating the first batch", "lower --batch-size"):
         reach = find_reach(Trainee(state.student, state.projection), batch, run.config)
     log.info("%s", reach_text(reach, run.config))

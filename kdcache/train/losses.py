@@ -42,7 +42,7 @@ def counts(mask: Tensor) -> Counts:
     """What a batch holds, by its masks (N, 1, H, W) or (N, H, W)."""
     valid = labelled(mask)
     return Counts(
-        images=torch.tensor(float(len(mask)), device=mask.device),
+        images=torch.full((), float(len(mask)), device=mask.device),
         labelled_images=(valid.flatten(1).sum(1) > 0).float().sum(),
         seen_pixels=seen(mask).sum(),
         labelled_pixels=valid.sum(),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -103,6 +103,18 @@ def weighted(values: dict[str, Tensor], config: TrainConfig) -> Tensor:
     return total
 
 
+class Taken(NamedTuple):
+    """A step that was taken. Its numbers are still on the device, so that nobody waited for them."""
+
+    names: tuple[str, ...]  # of the losses, then `total`
+    losses: Tensor  # (batches, names) what each batch of this process added to each loss
+    means: Tensor  # (names,) each loss over all images of all processes
+    counts: Tensor  # (2,) images and labelled images of all processes
+    norms: Tensor  # (modules,) of the gradients; none with float16, whose scaler expects overflows
+    overflowed: bool  # float16 did, and the step changed nothing
+    samples: Sequence[str]  # of each batch, for errors
+
+
 def take_step(
     model: nn.Module,
     state: State,
@@ -110,15 +122,14 @@ def take_step(
     config: TrainConfig,
     temperature: float,
     processes: Processes,
-) -> dict[str, float]:
+) -> Taken:
     """One update from the images of all `batches` of all processes.
 
-    `model` is the Trainee of `state`, wrapped where there are several processes. Returns, over all
-    those images, each loss by name, their weighted `total`, how many `images` and
-    `labelled_images` there were, and whether the step was `skipped` (1 or 0) because float16
-    overflowed. Raises RunError when a loss or a gradient is not finite.
+    `model` is the Trainee of `state`, wrapped where there are several processes. On a GPU the host
+    only queues the work, and `read` tells whether it went well; on the CPU RunError is raised before
+    a gradient that is not finite is applied.
     """
-    per, held = _counts(batches, processes)
+    per, counts = _counts(batches, processes)
     state.optimizer.zero_grad(set_to_none=True)
     found = []
     for number, batch in enumerate(batches, 1):
@@ -128,10 +139,44 @@ def take_step(
             total = weighted(values, config)
             state.scaler.scale(total).backward()  # type: ignore[no-untyped-call]
         found.append(torch.stack([*values.values(), total]).detach())
-    _refuse_non_finite_losses([*values, "total"], found, batches)
-    means = processes.mean(torch.stack(found).sum(0)).tolist()
-    skipped = float(not _update(state, config))
-    return dict(zip([*values, "total"], means, strict=True)) | held | {"skipped": skipped}
+    of_batches, norms = torch.stack(found), _clip(state, config)
+    taken = Taken(
+        names=(*values, "total"),
+        losses=of_batches,
+        means=processes.mean(of_batches.sum(0)),
+        counts=counts,
+        norms=norms[:0] if state.scaler.is_enabled() else norms,
+        overflowed=False,
+        samples=[", ".join(key.sample_id for key in batch.keys) for batch in batches],
+    )
+    if not of_batches.is_cuda:
+        next(read([taken]))
+    return taken._replace(overflowed=not _update(state))
+
+
+def read(steps: Sequence[Taken]) -> Iterator[dict[str, float]]:
+    """What each step measured: each loss by name, their weighted `total`, how many `images` and
+    `labelled_images` there were, and whether it was `skipped` (1 or 0) for float16 overflowed.
+
+    Waits for the device once. Raises RunError at a step whose loss or gradient is not finite.
+    """
+    parts = [p for s in steps for p in (s.losses.flatten(), s.means, s.counts, s.norms)]
+    numbers = iter(torch.cat(parts).tolist())
+    for step in steps:
+        for samples in step.samples:
+            for name, value in zip(step.names, numbers, strict=False):
+                if not math.isfinite(value):
+                    raise RunError(f"loss {name} is {value} on samples {samples}")
+        means = dict(zip(step.names, numbers, strict=False))
+        images, labelled_images = next(numbers), next(numbers)
+        for name, norm in zip(("student", "projection")[: len(step.norms)], numbers, strict=False):
+            if not math.isfinite(norm):
+                raise RunError(f"the gradient of the {name} is not finite ({norm})")
+        yield means | {
+            "images": round(images),
+            "labelled_images": round(labelled_images),
+            "skipped": float(step.overflowed),
+        }
 
 
 def forward(model: nn.Module, batch: Batch, config: TrainConfig) -> StudentOutput:
@@ -149,21 +194,23 @@ def forward(model: nn.Module, batch: Batch, config: TrainConfig) -> StudentOutpu
     return output
 
 
-def _update(state: State, config: TrainConfig) -> bool:
-    """Clip and apply the gradients; False where float16 overflowed and nothing was applied.
+def _clip(state: State, config: TrainConfig) -> Tensor:
+    """Limit the norms of the gradients; returns what they were.
 
     Student and projection are clipped apart: a joint norm would let the feature weight leak into
     the student's step.
     """
     state.scaler.unscale_(state.optimizer)
-    for name, module in (("student", state.student), ("projection", state.projection)):
-        if module is None:
-            continue
-        trained = [p for p in module.parameters() if p.requires_grad]
-        norm = nn.utils.clip_grad_norm_(trained, config.grad_clip or math.inf)
-        # float16's scaler expects overflows: it skips the step and lowers its scale
-        if not state.scaler.is_enabled() and not math.isfinite(norm):
-            raise RunError(f"the gradient of the {name} is not finite ({float(norm)})")
+    norms = []
+    for module in (state.student, state.projection):
+        if module is not None:
+            trained = [p for p in module.parameters() if p.requires_grad]
+            norms.append(nn.utils.clip_grad_norm_(trained, config.grad_clip or math.inf))
+    return torch.stack(norms)
+
+
+def _update(state: State) -> bool:
+    """Apply the gradients; False where float16 overflowed and nothing was applied."""
     scale = state.scaler.get_scale()
     state.scaler.step(state.optimizer)
     state.scaler.update()
@@ -176,17 +223,14 @@ def _update(state: State, config: TrainConfig) -> bool:
     return not lowered
 
 
-def _counts(
-    batches: Sequence[Batch], processes: Processes
-) -> tuple[losses.Counts, dict[str, float]]:
-    """What the losses of this step divide by, and how many images it holds in all.
+def _counts(batches: Sequence[Batch], processes: Processes) -> tuple[losses.Counts, Tensor]:
+    """What the losses of this step divide by, and how many images and labelled ones it holds in all.
 
     Gradients are averaged over the processes, so each divides by its share of all counts.
     """
     counts = torch.stack([torch.stack(losses.counts(batch.mask)) for batch in batches])
     share = processes.mean(counts.sum(0))
-    images, labelled = (share[:2] * processes.count).tolist()
-    return losses.Counts(*share), {"images": round(images), "labelled_images": round(labelled)}
+    return losses.Counts(*share), share[:2] * processes.count
 
 
 def _exchanging(model: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:
@@ -200,15 +244,3 @@ def autocast(config: TrainConfig, device: torch.device) -> contextlib.AbstractCo
     """Half precision for the networks, where the settings ask for it; losses stay float32."""
     dtype = half_dtype(config, device)
     return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype)
-
-
-def _refuse_non_finite_losses(
-    names: Sequence[str], found: Sequence[Tensor], batches: Sequence[Batch]
-) -> None:
-    for values, batch in zip(torch.stack(list(found)).tolist(), batches, strict=True):
-        bad = [
-            (n, value) for n, value in zip(names, values, strict=True) if not math.isfinite(value)
-        ]
-        if bad:
-            samples = ", ".join(key.sample_id for key in batch.keys)
-            raise RunError(f"loss {bad[0][0]} is {bad[0][1]} on samples {samples}")

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import pickle
 import re
 import shutil
@@ -22,6 +23,7 @@ import zarr
 from conftest import MANIFEST, SIZE, TAP, make_row
 
 import kdcache
+from kdcache.cache import reader
 from kdcache.cache.reader import Cache
 from kdcache.cache.writer import CacheWriter
 from kdcache.errors import CacheError
@@ -143,6 +145,31 @@ def test_flipped_byte_raises_and_names_file_and_sample(small, array):
     path.write_bytes(data)
     with pytest.raises(CacheError, match=r"c\.0\..*photos/0\.jpg"):
         Cache(small).read(0, array)
+
+
+def test_what_is_read_is_what_zarr_reads_and_each_index_is_read_once(any_cache, monkeypatch):
+    opened, original = [], reader.read_index
+    monkeypatch.setattr(
+        reader, "read_index", lambda path, *rest: opened.append(path) or original(path, *rest)
+    )
+    cache = Cache(any_cache)
+    for row in (4, 0, 3, 1, 2, 0, 4):
+        for path, spec in cache.specs.items():
+            out = np.empty(spec.stored.shape, spec.stored.dtype)
+            reading = cache.read_stored(row, path, out)
+            theirs = zarr.open_array(any_cache / path, mode="r")[row]
+            assert out.tobytes() == theirs.tobytes()
+            assert reading.size_bytes > 4
+    assert len(opened) == len(set(opened)) == len(cache.specs) * len(cache.commits)
+
+
+def test_short_reads_are_continued_and_an_early_end_is_an_error(small, monkeypatch):
+    expected, preadv = Cache(small).read(2, "image"), os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, into, at: preadv(fd, [into[0][:1000]], at))
+    assert np.array_equal(Cache(small).read(2, "image"), expected)
+    monkeypatch.setattr(os, "preadv", lambda fd, into, at: 0)
+    with pytest.raises(CacheError, match="ends .* bytes early"):
+        Cache(small).read(2, "image")
 
 
 def test_truncated_and_missing_shards_raise(small):

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -34,7 +35,12 @@ def assert_round_trip(transform, array, row):
     form = transform.stored(row)
     assert (stored.shape, stored.dtype) == (form.shape, np.dtype(form.dtype))
     assert len(form.dimensions) == stored.ndim
-    for undone in (transform.inverse(stored, row), by_recipe(transform, stored, row)):
+    several = np.stack([stored, stored])
+    found = [transform.inverse(stored, row), by_recipe(transform, stored, row)]
+    found += list(transform.inverse(several, row))
+    found += [one.numpy() for one in transform.inverse(torch.from_numpy(several), row)]
+    found.append(transform.inverse(torch.from_numpy(stored.copy()), row).numpy())
+    for undone in found:
         assert (undone.shape, undone.dtype) == (array.shape, array.dtype)
         assert np.ascontiguousarray(undone).tobytes() == np.ascontiguousarray(array).tobytes()
 
@@ -73,6 +79,20 @@ def test_float_gradient(dtype, data, height, width):
 def test_rgb_gradient(data, height, width):
     image = data.draw(arrays(np.uint8, (height, width, 3)))
     assert_round_trip(RgbGradient(), image, Form("uint8", image.shape, ("y", "x", "rgb")))
+
+
+@pytest.mark.parametrize("side", [257, 3001])
+def test_sums_beyond_a_32_bit_integer_wrap(side):
+    """Photos of 255 in every residual add up to more than 2^31 from 2,902 pixels a side on."""
+    stored = np.full((3, side, side), 255, np.uint8)
+    expected = stored.cumsum(1, "uint8").cumsum(2, "uint8")
+    image = RgbGradient().inverse(stored, Form("uint8", (side, side, 3), ("y", "x", "rgb")))
+    assert np.array_equal(image[..., 1], expected[0])
+    row = Form("float16", (side, side), ("y", "x"))
+    names = {"np": np, "math": math, "stored": stored[:2], "shape": row.shape}
+    exec(FloatGradient().recipe(row), names)
+    undone = FloatGradient().inverse(stored[:2], row)
+    assert undone.tobytes() == names["array"].tobytes()
 
 
 def test_a_ramp_leaves_nothing_but_its_corner():

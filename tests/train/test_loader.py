@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import multiprocessing
+
 import numpy as np
 import pytest
 import torch
+from conftest import MANIFEST, TAP, make_row
 
 import kdcache
 from kdcache.cache.reader import Cache
+from kdcache.cache.writer import CacheWriter
 from kdcache.errors import CacheError
+from kdcache.train.loader import Tally, _decoded, chunked, read_stored
 from kdcache.train.student import normalised
 
 
@@ -45,13 +51,85 @@ def test_batches_hold_the_rows_as_documented(cache):
 
 
 def test_without_taps_no_feature_byte_is_read(cache, monkeypatch):
-    read = []
-    original = Cache.read
-    monkeypatch.setattr(
-        Cache, "read", lambda self, row, array: read.append(array) or original(self, row, array)
-    )
+    read, original = set(), Cache.read_stored
+
+    def noted(self, row, array, out):
+        read.add(array)
+        return original(self, row, array, out)
+
+    monkeypatch.setattr(Cache, "read_stored", noted)
     ids(cache, taps=[])
-    assert set(read) == {"image", "mask", "teacher_logits"}
+    assert read == {"image", "mask", "teacher_logits"}
+
+
+def test_stored_rows_come_in_memory_that_is_used_again(cache):
+    """As many batches as the docstring says, and no byte but the rows' own."""
+    arrays, rows = list(cache.specs), list(range(len(cache)))
+    tally, places, seen = Tally(), set(), []
+    for group, stored in read_stored(cache, chunked(rows, 2), arrays, tally=tally):
+        places.add(stored["image"].data_ptr())
+        for n, row in enumerate(group):
+            seen.append(row)
+            for path, spec in cache.specs.items():
+                assert np.array_equal(spec.undo(stored[path][n].numpy()), cache.read(row, path))
+    assert seen == rows
+    assert len(places) == 3
+    stored_bytes = sum(o.size_bytes for c in cache.commits for o in c.objects.values())
+    slots, shards = cache.manifest.shard_rows, len(cache.commits)
+    assert tally.size_bytes == stored_bytes - shards * len(arrays) * (16 * slots + 4)
+    assert tally.bytes_per_s > 0
+
+
+def test_a_batch_stays_what_it_was_when_the_next_ones_come(cache):
+    batches = list(kdcache.train.batches(cache, batch_size=1, shuffle=False))
+    again = kdcache.train.batches(cache, batch_size=1, shuffle=False)
+    (tap,) = cache.taps
+    for kept, fresh in zip(batches, again, strict=True):
+        assert torch.equal(kept.image, fresh.image)
+        assert torch.equal(kept.features[tap], fresh.features[tap])
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16", "int8", "int6", "int5", "int4"])
+@pytest.mark.parametrize("compression", ["zstd", "lz4", "none"])
+def test_decoded_where_it_will_be_used_it_is_the_same(tmp_path, precision, compression):
+    """What a GPU does with a whole batch, in torch on the CPU: bit for bit what numpy makes of rows."""
+    manifest = dataclasses.replace(
+        MANIFEST,
+        compression=compression,
+        logits_dtype="float32" if precision == "float32" else "float16",
+        taps=(dataclasses.replace(TAP, precision=precision),),
+    )
+    with CacheWriter(tmp_path / "c", manifest) as writer:
+        for number in range(3):
+            writer.append(*make_row(number, manifest=manifest))
+    cache = Cache(tmp_path / "c")
+    arrays = [path for path in cache.specs if path != "rows"]
+    ((_, stored),) = read_stored(cache, [range(3)], arrays)
+    parts = _decoded(cache, stored, list(cache.manifest.taps))
+    for n, row in enumerate(cache):
+        assert np.array_equal(parts["image"][n].numpy(), row.image)
+        assert np.array_equal(parts["mask"][n].numpy(), row.mask)
+        assert np.array_equal(parts["teacher_logits"][n].numpy(), row.teacher_logits)
+        assert np.array_equal(parts[TAP.name][n].numpy(), row.features[TAP.name])
+
+
+def _in_a_child(cache, queue):
+    queue.put(ids(cache, shuffle=False))
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_cache_is_read_in_child_processes(cache, method):
+    """Also after this process has read, and keeps its threads and what it knows of the shards."""
+    expected = ids(cache, shuffle=False)
+    context = multiprocessing.get_context(method)
+    queue = context.Queue()
+    children = [context.Process(target=_in_a_child, args=(cache, queue)) for _ in range(2)]
+    for child in children:
+        child.start()
+    assert [queue.get(timeout=60) for _ in children] == [expected, expected]
+    for child in children:
+        child.join()
 
 
 def test_a_damaged_row_stops_the_epoch_by_name(cache, tmp_path):

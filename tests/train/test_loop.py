@@ -7,6 +7,7 @@ import logging
 import shutil
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from kdcache.errors import DeviceMemoryError, ModelError, ProviderError, RunErro
 from kdcache.precompute.dataset import unlabelled_dataset
 from kdcache.precompute.extract import extract
 from kdcache.train import loop, losses
+from kdcache.train.loader import Tally
 from kdcache.train.run_folder import read_checkpoint
 from kdcache.train.student import build_student
 
@@ -100,15 +102,56 @@ def test_with_the_frozen_encoder_tap_the_feature_weight_cannot_change_the_studen
     assert all(torch.equal(other[key], reference[key]) for other in ours for key in reference)
 
 
-def test_feature_weight_zero_reads_no_feature_byte(cache, tmp_path, monkeypatch):
-    read = set()
-    original = Cache.read
-    monkeypatch.setattr(
-        Cache, "read", lambda self, row, array: read.add(array) or original(self, row, array)
-    )
-    train(cache, tmp_path / "run", feature_weight=0.0, epochs=1)
-    assert read == {"image", "mask", "teacher_logits"}
-    assert "train_feature" not in metrics(tmp_path / "run")[0]
+@pytest.mark.parametrize(
+    ("weights", "also"),
+    [
+        ({"feature_weight": 0.0}, {"teacher_logits"}),
+        ({"feature_weight": 0.0, "kl_weight": 0.0, "mse_weight": 0.0}, set()),
+    ],
+)
+def test_nothing_is_read_that_no_loss_is_of(cache, tmp_path, monkeypatch, weights, also):
+    """But by validation, which compares with the teacher."""
+    read, original = set(), Cache.read_stored
+
+    def noted(self, row, array, out):
+        if self.keys[row].split == "train":
+            read.add(array)
+        return original(self, row, array, out)
+
+    monkeypatch.setattr(Cache, "read_stored", noted)
+    train(cache, tmp_path / "run", epochs=1, **weights)
+    assert read == {"image", "mask", *also}
+    (found,) = metrics(tmp_path / "run")
+    assert "train_feature" not in found
+    assert ("train_kl" in found) == bool(also)
+    assert found["val_agreement"] is not None
+
+
+@pytest.mark.parametrize(
+    ("tally", "words"),
+    [
+        (Tally(size_bytes=10**9, seconds=40.0, threads=2), "50.00 MB/s; put the cache on a faster"),
+        (Tally(size_bytes=10**9, seconds=2.0, threads=2), "1.00 GB/s, so it is decompressing"),
+    ],
+)
+def test_the_words_on_waiting_name_what_was_waited_for(tally, words):
+    text = loop._waited_words(tally, data_wait_s=2.0, seconds=12.0)
+    assert text.startswith("17% of the time went into waiting for data: the steps need 100.00 MB/s")
+    assert words in text
+
+
+def test_slow_storage_is_said(cache, tmp_path, monkeypatch, caplog):
+    original = Cache.read_stored
+
+    def slow(self, row, array, out):
+        time.sleep(0.4)
+        return original(self, row, array, out)._replace(seconds=0.4)
+
+    monkeypatch.setattr(Cache, "read_stored", slow)
+    monkeypatch.setattr(loop, "_JUDGED_STEPS", 2)
+    train(cache, tmp_path / "run", epochs=1, batch_size=1, feature_weight=0.0)
+    assert "of the time went into waiting for data" in caplog.text
+    assert "put the cache on a faster disk" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -9,17 +9,28 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import distributed
+from torch import distributed, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from kdcache.cache.format import RowKey
 from kdcache.cache.reader import Cache
 from kdcache.config import TrainConfig
 from kdcache.errors import RunError
 from kdcache.imaging import IGNORE
+from kdcache.train import step
 from kdcache.train.loader import Batch, read_batches
 from kdcache.train.loop import _steps
 from kdcache.train.parallel import Processes, joined
 from kdcache.train.run_folder import State
-from kdcache.train.step import Trainee, all_losses, build_optimizer, forward, take_step, weighted
+from kdcache.train.step import (
+    Trainee,
+    all_losses,
+    build_optimizer,
+    forward,
+    read,
+    take_step,
+    weighted,
+)
 from kdcache.train.student import Projection, Student, build_student
 
 CONFIG = TrainConfig(encoder_weights="random", projection_hidden_dim=16, learning_rate=3e-3)
@@ -58,9 +69,10 @@ def gradients(state: State) -> dict[str, torch.Tensor]:
     }
 
 
-def trained(state: State, batches: list[Batch], config: TrainConfig = CONFIG, **options):
+def trained(state: State, batches: list[Batch], config: TrainConfig = CONFIG):
     trainee = Trainee(state.student, state.projection).train()
-    return take_step(trainee, state, batches, config, 3.0, Processes(), **options)
+    (values,) = read([take_step(trainee, state, batches, config, 3.0, Processes())])
+    return values
 
 
 def test_two_batches_in_one_step_divide_by_what_both_hold(cache):
@@ -100,7 +112,8 @@ def _one_of_two(rank: int, port: int, path: Path, out: Path) -> None:
         state = new_state(Cache(path).manifest.taps[0].shape[0])
         model = processes.wrap(Trainee(state.student, state.projection)).train()
         for _ in range(3):
-            values = take_step(model, state, [batches[rank]], CONFIG, 3.0, processes)
+            taken = take_step(model, state, [batches[rank]], CONFIG, 3.0, processes)
+            (values,) = read([taken])
         assert processes.any(rank == 1, "cpu")
         assert not processes.any(False, "cpu")
         torch.save((values, gradients(state)), out / f"{rank}.pt")
@@ -175,6 +188,36 @@ def test_gradient_that_is_not_finite_stops_before_it_is_applied(cache):
     with pytest.raises(RunError, match="gradient of the student is not finite"):
         trained(state, some_batches(cache.path)[:1])
     assert torch.isfinite(head).all()
+
+
+def test_a_step_waits_for_no_number_of_its_own(monkeypatch):
+    """Tensors without data, as a GPU that has not come to it yet: whoever looks at one fails."""
+    monkeypatch.setattr(step, "read", lambda steps: iter([{}]))
+    with FakeTensorMode():
+        student = Student("timm-efficientnet-b0")
+        projection = Projection(student.tap_channels, 8, 16)
+        modules = nn.ModuleList([student, projection])
+        trained = [p for p in modules.parameters() if p.requires_grad]
+        state = State(
+            student=student,
+            projection=projection,
+            # AdamW counts its steps on the host, which these tensors cannot tell from a device
+            optimizer=torch.optim.SGD(trained, lr=0.1),
+            scaler=torch.amp.GradScaler("cpu", enabled=False),
+        )
+        mask = torch.empty(2, 1, 64, 64, dtype=torch.uint8)
+        batch = Batch(
+            image=torch.empty(2, 3, 64, 64),
+            mask=mask,
+            logits=torch.empty(2, 1, 64, 64),
+            features={"tap": torch.empty(2, 16, 8, 8)},
+            keys=[RowKey("train", "a", 0)] * 2,
+        )
+        trainee = Trainee(student, projection).train()
+        for _ in range(2):
+            taken = take_step(trainee, state, [batch, batch], CONFIG, 3.0, Processes())
+        with pytest.raises(DataDependentOutputException):
+            next(read([taken]))
 
 
 def test_student_and_projection_are_clipped_apart(cache):
