@@ -454,3 +454,35 @@ def _json(report: Any) -> str:
 
     values = report if isinstance(report, Mapping) else dataclasses.asdict(report)
     return json.dumps(values, indent=1, default=str, ensure_ascii=False)
+
+
+@main.command(
+    epilog=_example(
+        "kdcache bench coco.zarr", "kdcache bench coco.zarr --run runs/first --teacher teacher.onnx"
+    )
+)
+@cache_argument
+@option("--run", type=path, help="Take a run's settings, and measure its student.")
+@option("--teacher", type=path, help="Measure a teacher beside it.")
+@option("--batch-size", type=click.IntRange(1), help="Rows a step (the run's, else 4).")
+@option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Loader threads.")
+@option(
+    "--steps",
+    type=click.IntRange(0),
+    default=4,
+    show_default=True,
+    help="Training steps that are timed, after one that is not.",
+)
+@device_option
+@json_option
+def bench(cache: Path, as_json: bool, **options: Any) -> None:
+    """Time a cache on this machine: the loader against its floor, and training steps.
+
+    The floor is what no reader can do without: reading the same bytes and decompressing them, in as
+    many threads. Small caches lie in memory after the first round; then no disk is measured.
+    """
+    import kdcache
+    from kdcache.bench import bench as measure
+    from kdcache.report import bench_text
+
+    _print(measure(kdcache.open(cache), **options), as_json, bench_text)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from kdcache.tables import duration, megabytes, printable, table
 
 if TYPE_CHECKING:
+    from kdcache.bench import BenchReport
     from kdcache.cache.verify import VerifyReport
     from kdcache.demo import DemoReport
     from kdcache.precompute.check import Check
@@ -219,6 +220,42 @@ def export_text(report: ExportReport) -> str:
         f"{report.path}: {megabytes(report.size_bytes)}, {report.parameters / 1e6:.2f} M "
         f"parameters; at batch {batches} ONNX Runtime is within {worst:.1g} of PyTorch's logits"
     )
+
+
+def bench_text(report: BenchReport) -> str:
+    """Rates of the loader and of training, and what student and teacher cost."""
+    rows: list[Sequence[str]] = [
+        (f"{report.cache}, {report.device}, {report.workers} loader threads", "rows/s"),
+        ("read and decompressed, no more (the floor)", f"{report.floor_rows_per_s:.1f}"),
+        ("loader, rows in a ready batch", f"{report.loader_rows_per_s:.1f}"),
+        ("  of the floor", f"{report.loader_of_floor:.2f}"),
+        ("loader, decoded on the device", f"{report.decoded_rows_per_s:.1f}"),
+    ]
+    if report.images_per_s is not None:
+        rows.append((f"training, batch {report.batch_size}", f"{report.images_per_s:.2f}"))
+    lines = [
+        table(rows),
+        f"a row is {megabytes(report.row_bytes)} on disk; the storage (or the memory it is cached in) "
+        f"gave {megabytes(report.storage_bytes_per_s)}/s",
+    ]
+    if report.step_s is not None and report.data_wait_fraction is not None:
+        lines.append(
+            f"a step takes {report.step_s:.3f} s, {report.data_wait_fraction:.1%} of it waiting for data"
+        )
+    sizes: list[Sequence[str]] = [("", "parameters", "as float32", "latency, one image")]
+    for name, size in (("student", report.student), ("teacher", report.teacher)):
+        if size is not None:
+            sizes.append(
+                (
+                    name,
+                    f"{size.parameters / 1e6:.2f} M",
+                    megabytes(size.size_bytes),
+                    f"{size.latency_ms:.1f} ms",
+                )
+            )
+    if len(sizes) > 1:
+        lines += ["", table(sizes)]
+    return "\n".join(lines)
 
 
 def demo_text(report: DemoReport) -> str:

@@ -9,6 +9,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -59,8 +60,11 @@ class ArraySpec:
 
     def shard_path(self, shard: int) -> str:
         """Path of a shard's file in the group: Zarr's default chunk key with `.` as separator."""
-        zeros = ["0"] * len(self.stored.shape)
-        return f"{self.path}/c.{'.'.join([str(shard), *zeros])}"
+        return f"{self.path}/c.{shard}{self._zeros}"
+
+    @cached_property
+    def _zeros(self) -> str:
+        return ".0" * len(self.stored.shape)
 
     def attributes(self) -> dict[str, Any]:
         """What a reader without kdcache needs to undo the transform of one stored row."""

@@ -23,7 +23,7 @@ from kdcache.cache.format import (
     read_root,
 )
 from kdcache.cache.layout import IMAGE, MASK, ROWS, Manifest, TapSpec
-from kdcache.cache.shard import DamagedError, decode_chunk, read_chunk, read_index
+from kdcache.cache.shard import DamagedError, chunk_range, decode_chunk, read_chunk, read_index
 from kdcache.errors import CacheError, nearest
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class Cache:
     def __init__(self, path: str | Path, shards: Sequence[int] | None = None) -> None:
         if "://" in str(path):
             raise CacheError(f"{path}: caches at URLs are not supported; copy it to a local folder")
-        self.path = Path(path)
+        self.path, self._folder = Path(path), str(path)
         root = read_root(self.path)
         self.manifest: Manifest = root.manifest
         self._commits = root.commits
@@ -129,12 +129,12 @@ class Cache:
         """
         place, slot = self._places[index]
         commit = self.commits[place]
-        path = self.path / self.specs[array].shard_path(commit.shard)
+        path = self._path_of(place, array)
         try:
             record = commit.objects[array]
-            index_of_shard = self._index(place, array, path, record.size_bytes)
+            at = chunk_range(self._index(place, array), slot, record.size_bytes)
             started = time.perf_counter()
-            chunk = read_chunk(path, slot, index_of_shard, record.size_bytes)
+            chunk = read_chunk(path, *at, record.size_bytes)
             reading = Reading(len(chunk), time.perf_counter() - started)
             decode_chunk(chunk, record.crc(slot), self.manifest.compression, out)
         except (DamagedError, OSError, KeyError) as error:
@@ -146,11 +146,23 @@ class Cache:
             ) from error
         return reading
 
-    def _index(self, place: int, array: str, path: Path, size_bytes: int) -> NDArray[np.uint64]:
+    def locate(self, index: int, array: str) -> tuple[str, int, int]:
+        """The file, offset and length of the bytes that hold one row of an array."""
+        place, slot = self._places[index]
+        size_bytes = self.commits[place].objects[array].size_bytes
+        found = chunk_range(self._index(place, array), slot, size_bytes)
+        return self._path_of(place, array), *found
+
+    def _path_of(self, place: int, array: str) -> str:
+        # as text: made for every read, and pathlib takes as long as the read of a small array
+        return f"{self._folder}/{self.specs[array].shard_path(self.commits[place].shard)}"
+
+    def _index(self, place: int, array: str) -> NDArray[np.uint64]:
         """A shard's index, read once: 16 bytes a row and array stay in memory."""
         index = self._indexes.get((place, array))
         if index is None:
-            index = read_index(path, self.manifest.shard_rows, size_bytes)
+            size_bytes = self.commits[place].objects[array].size_bytes
+            index = read_index(self._path_of(place, array), self.manifest.shard_rows, size_bytes)
             self._indexes[place, array] = index
         return index
 

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import os
 import struct
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from kdcache.config import Compression
 
 _EMPTY = 2**64 - 1
-_CRC_BYTES = 4
+CRC_BYTES = 4
 _ZSTD_HEADER_BYTES = 18  # at most
 
 # A window of 16 KiB makes blocks of 16 KiB, so the entropy tables follow the channels: 3 % fewer
@@ -67,22 +67,30 @@ def decode_chunk(
 
     `stored` are those on disk, `crc` is the committed checksum of their compressed part.
     """
-    if len(stored) < _CRC_BYTES:
+    if len(stored) < CRC_BYTES:
         raise DamagedError("chunk is shorter than its checksum")
-    compressed, kept = stored[:-_CRC_BYTES], int.from_bytes(stored[-_CRC_BYTES:].data, "little")
-    if not google_crc32c.value(compressed) == crc == kept:
+    compressed, kept = stored[:-CRC_BYTES], int.from_bytes(stored[-CRC_BYTES:].data, "little")
+    # zstd's own checksum, of what comes out, tells damage; here it is told what was committed
+    if kept != crc or (compression != "zstd" and google_crc32c.value(compressed) != crc):
         raise DamagedError("checksum of the chunk differs from the committed one")
     flat = out.view(np.uint8).reshape(-1)
     found = _decoded_bytes(compressed, compression)
     if found != flat.size:
         raise DamagedError(f"chunk holds {found} bytes, {flat.size} expected")
-    if compression == "none":
-        flat[:] = compressed
-        return
     try:
-        _DECODERS[compression].decode(compressed, flat)
+        decompress(compressed, compression, flat)
     except (RuntimeError, ValueError) as error:
         raise DamagedError(f"chunk does not decompress: {error}") from error
+
+
+def decompress(
+    compressed: NDArray[np.uint8], compression: Compression, out: NDArray[np.uint8]
+) -> None:
+    """The bytes of a chunk, without its checksum, into `out`."""
+    if compression == "none":
+        out[:] = compressed
+    else:
+        _DECODERS[compression].decode(compressed, out)
 
 
 def _decoded_bytes(compressed: NDArray[np.uint8], compression: Compression) -> int:
@@ -113,7 +121,7 @@ def _zstd_compressor() -> zstandard.ZstdCompressor:
 
 def decode_index(tail: bytes, slots: int) -> NDArray[np.uint64]:
     """The (slots, 2) offsets and lengths from the last `index_bytes(slots)` bytes of a shard."""
-    index, crc = tail[:-_CRC_BYTES], tail[-_CRC_BYTES:]
+    index, crc = tail[:-CRC_BYTES], tail[-CRC_BYTES:]
     if len(tail) != index_bytes(slots) or google_crc32c.value(index) != struct.unpack("<I", crc)[0]:
         raise DamagedError("shard index is damaged")
     return np.frombuffer(index, "<u8").reshape(slots, 2)
@@ -121,7 +129,7 @@ def decode_index(tail: bytes, slots: int) -> NDArray[np.uint64]:
 
 def index_bytes(slots: int) -> int:
     """Size of the index at the end of a shard file."""
-    return slots * 16 + _CRC_BYTES
+    return slots * 16 + CRC_BYTES
 
 
 def chunk_range(index: NDArray[np.uint64], slot: int, size_bytes: int) -> tuple[int, int]:
@@ -132,39 +140,42 @@ def chunk_range(index: NDArray[np.uint64], slot: int, size_bytes: int) -> tuple[
     return offset, length
 
 
-def read_index(path: Path, slots: int, size_bytes: int) -> NDArray[np.uint64]:
+def read_index(path: str, slots: int, size_bytes: int) -> NDArray[np.uint64]:
     """The index of a shard file; `size_bytes` is the file's committed size."""
     tail_bytes = index_bytes(slots)
-    with _opened(path, size_bytes) as file:
-        tail = os.pread(file.fileno(), tail_bytes, max(0, size_bytes - tail_bytes))
+    with _opened(path, size_bytes) as descriptor:
+        tail = os.pread(descriptor, tail_bytes, max(0, size_bytes - tail_bytes))
     return decode_index(tail, slots)
 
 
-def read_chunk(
-    path: Path, slot: int, index: NDArray[np.uint64], size_bytes: int
-) -> NDArray[np.uint8]:
-    """The stored bytes of one slot, and no others; valid until this thread reads the next."""
-    offset, length = chunk_range(index, slot, size_bytes)
+def read_chunk(path: str, offset: int, length: int, size_bytes: int) -> NDArray[np.uint8]:
+    """The stored bytes of one slot, and no others; valid until this thread reads the next.
+
+    `size_bytes` is the file's committed size.
+    """
     buffer: NDArray[np.uint8] | None = getattr(_thread, "buffer", None)
     if buffer is None or len(buffer) < length:
         _thread.buffer = buffer = np.empty(length, np.uint8)
     read = 0
-    with _opened(path, size_bytes) as file:
+    with _opened(path, size_bytes) as descriptor:
         while read < length:
-            got = os.preadv(file.fileno(), [buffer[read:length].data], offset + read)
+            got = os.preadv(descriptor, [buffer[read:length].data], offset + read)
             if not got:
                 raise DamagedError(f"file ends {length - read} bytes early")
             read += got
     return buffer[:length]
 
 
-def _opened(path: Path, size_bytes: int) -> io.FileIO:
-    file = open(path, "rb", buffering=0)  # noqa: SIM115 - the caller closes it
-    found = os.fstat(file.fileno()).st_size
-    if found != size_bytes:
-        file.close()
-        raise DamagedError(f"file has {found} bytes, {size_bytes} were committed")
-    return file
+@contextlib.contextmanager
+def _opened(path: str, size_bytes: int) -> Iterator[int]:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        found = os.fstat(descriptor).st_size
+        if found != size_bytes:
+            raise DamagedError(f"file has {found} bytes, {size_bytes} were committed")
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,6 +34,10 @@ class Form(NamedTuple):
     shape: tuple[int, ...]
     dimensions: tuple[str, ...]
 
+    @property
+    def size_bytes(self) -> int:
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
 
 @dataclass(frozen=True)
 class Plain:

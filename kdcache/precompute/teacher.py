@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import pickle
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +16,7 @@ import numpy as np
 import segmentation_models_pytorch as smp
 import torch
 from numpy.typing import NDArray
+from onnx import ModelProto
 from safetensors.torch import load_file
 
 from kdcache.errors import ModelError, device_memory
@@ -49,12 +51,16 @@ class Teacher:
         self._network: Callable[[F32], F32]
         if path.suffix == ".onnx":
             self.network = _ONNX_AT + output if output else _ONNX
-            self._network = OnnxNetwork(_logits_graph(path, output), path, device, size_px)
+            graph = _logits_graph(path, output)
+            self.parameters = sum(math.prod(w.dims) for w in graph.graph.initializer)
+            self._network = OnnxNetwork(graph.SerializeToString(), path, device, size_px)
         elif output:
             raise ModelError(f"{path}: teacher_output = {output!r} is for ONNX teachers")
         else:
             self.network = _SMP_UNET.format(encoder)
-            self._network = _TorchNetwork(load_checkpoint(path, encoder), device)
+            network = load_checkpoint(path, encoder)
+            self.parameters = sum(p.numel() for p in network.parameters())
+            self._network = _TorchNetwork(network, device)
         trial = self._network(imagenet_normalised(np.zeros((1, size_px, size_px, 3), np.uint8)))
         if trial.shape != (1, 1, size_px, size_px):
             raise ModelError(
@@ -80,7 +86,7 @@ def network_settings(network: str) -> dict[str, str]:
     return {"encoder": network.removeprefix(prefix).removesuffix(suffix), "output": ""}
 
 
-def _logits_graph(path: Path, output: str) -> bytes:
+def _logits_graph(path: Path, output: str) -> ModelProto:
     """The ONNX graph up to its logits; raises ModelError when its output is a probability."""
     model = read_model(path)
     if output:
@@ -91,8 +97,7 @@ def _logits_graph(path: Path, output: str) -> bytes:
             f"{path}: its output {model.graph.output[0].name} is a probability (the graph ends in "
             f"{operator}); distillation needs the logits before it: --set teacher_output={before}"
         )
-    graph: bytes = model.SerializeToString()
-    return graph
+    return model
 
 
 class _TorchNetwork:

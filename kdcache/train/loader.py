@@ -31,6 +31,10 @@ class Tally:
     seconds: float = 0.0  # that its threads waited for these bytes, added up
     threads: int = 1
 
+    def clear(self) -> None:
+        """Begin anew."""
+        self.size_bytes, self.seconds = 0, 0.0
+
     @property
     def bytes_per_s(self) -> float:
         """What the storage gives to all threads together."""
@@ -97,11 +101,7 @@ def read_batches(
     What is stored goes to the device as it is, and is decoded there. On the CPU that is done when
     the batch is asked for, on all cores: beside a step it would slow the step by more.
     """
-    specs = [cache.tap(tap) for tap in taps]
-    wanted = [IMAGE, MASK]
-    if logits and cache.has_logits:
-        wanted.append(cache.manifest.logits_path)
-    wanted += [path for tap in specs for path in cache.arrays_of(tap)]
+    specs, wanted = [cache.tap(tap) for tap in taps], wanted_arrays(cache, taps, logits)
     place = torch.device(device)
     on_host = place.type == "cpu"
     with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
@@ -125,6 +125,14 @@ def read_batches(
             )
             if not on_host:
                 copied.synchronize()  # the host's memory is about to be used again
+
+
+def wanted_arrays(cache: Cache, taps: Sequence[str], logits: bool) -> list[str]:
+    """The arrays that batches are made of."""
+    wanted = [IMAGE, MASK]
+    if logits and cache.has_logits:
+        wanted.append(cache.manifest.logits_path)
+    return wanted + [path for tap in taps for path in cache.arrays_of(cache.tap(tap))]
 
 
 def read_stored(

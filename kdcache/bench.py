@@ -1,0 +1,282 @@
+"""`kdcache bench`: what a cache gives on this machine, and what a student costs beside its teacher."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import cycle, islice
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+
+from kdcache.cache.reader import Cache
+from kdcache.cache.shard import CRC_BYTES, decompress
+from kdcache.config import ExtractConfig, TrainConfig
+from kdcache.errors import CacheError
+from kdcache.precompute.teacher import Teacher, network_settings
+from kdcache.train.loader import (
+    Tally,
+    chunked,
+    read_batches,
+    read_stored,
+    shuffled,
+    wanted_arrays,
+)
+from kdcache.train.parallel import Processes
+from kdcache.train.run_folder import State, read_best_student, read_config
+from kdcache.train.step import Trainee, build_optimizer, half_dtype, read, take_step
+from kdcache.train.student import Projection, build_student, resolve_device
+
+_ROWS = 64  # that a round reads, some of them more than once in a small cache
+_ROUNDS = 5
+_LATENCIES = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """What a network costs where it is deployed: one image at a time."""
+
+    parameters: int
+    size_bytes: int  # of its weights as float32
+    latency_ms: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchReport:
+    """Rates of this machine; medians over rounds in which the floor and the loader alternate."""
+
+    cache: Path
+    device: str
+    workers: int
+    rows: int  # of a round
+    row_bytes: float  # that are read of a row: all arrays that the losses use
+    loader_rows_per_s: float  # rows as stored, copied into a ready batch
+    floor_rows_per_s: float  # the same bytes read and decompressed, by as many threads, and no more
+    loader_of_floor: float
+    decoded_rows_per_s: float  # rows as a training step takes them
+    storage_bytes_per_s: float  # what the storage, or the page cache, gave to all threads
+    batch_size: int
+    steps: int
+    step_s: float | None  # None without steps
+    images_per_s: float | None
+    data_wait_fraction: float | None
+    student: Size | None
+    teacher: Size | None
+
+
+def bench(
+    cache: Cache,
+    *,
+    run: Path | None = None,
+    teacher: Path | None = None,
+    device: str = "auto",
+    batch_size: int | None = None,
+    workers: int = 2,
+    steps: int = 4,
+) -> BenchReport:
+    """Time the loader, a training step, and the student beside the teacher.
+
+    With `run` the step has the run's settings and its student is measured; else the default ones,
+    from random weights. Raises CacheError for a cache without training rows, KdcacheError for files
+    that are not what they should be.
+    """
+    on = resolve_device(device)
+    config = _usable(TrainConfig() if run is None else read_config(run), cache)
+    if not (train_rows := cache.rows_of("train")):
+        raise CacheError(f"{cache.path} has no rows of split 'train' to be timed")
+    size = batch_size or config.batch_size
+    rows = list(islice(cycle(shuffled(train_rows, 0, 0)), _ROWS))
+    taps = cache.taps[:1] if config.feature_weight else []
+    logits = bool(config.kl_weight or config.mse_weight)
+    arrays = wanted_arrays(cache, taps, logits)
+    rates = _loader_rates(cache, rows, arrays, size, workers)
+    decoded_s = _seconds(
+        lambda: read_batches(cache, chunked(rows, size), on, taps, workers, logits=logits)
+    )
+    pace = _Pace()
+    if steps:
+        step_rows = list(islice(cycle(rows), (steps + 1) * size))
+        pace = _step_pace(cache, chunked(step_rows, size), config, on, workers)
+    return BenchReport(
+        cache=cache.path,
+        device=on,
+        workers=workers,
+        rows=len(rows),
+        batch_size=size,
+        decoded_rows_per_s=len(rows) / decoded_s,
+        steps=steps,
+        **vars(rates),
+        **vars(pace),
+        student=None if run is None else _student(run, on),
+        teacher=None if teacher is None else _teacher(teacher, cache, on),
+    )
+
+
+def _usable(config: TrainConfig, cache: Cache) -> TrainConfig:
+    """The settings without the losses that a cache of one model cannot have."""
+    if not cache.has_logits:
+        config = config.model_copy(update={"kl_weight": 0.0, "mse_weight": 0.0})
+    if not cache.manifest.taps:
+        config = config.model_copy(update={"feature_weight": 0.0})
+    return config
+
+
+@dataclass(frozen=True)
+class _LoaderRates:
+    row_bytes: float
+    loader_rows_per_s: float
+    floor_rows_per_s: float
+    loader_of_floor: float
+    storage_bytes_per_s: float
+
+
+def _loader_rates(
+    cache: Cache, rows: Sequence[int], arrays: Sequence[str], batch_size: int, workers: int
+) -> _LoaderRates:
+    """The loader and its floor in turns, so that a drifting machine slows both."""
+    groups, tally = chunked(rows, batch_size), Tally()
+
+    def loader() -> Iterator[object]:
+        return read_stored(cache, groups, arrays, workers, tally=tally)
+
+    def floor() -> Iterator[object]:
+        return read_floor(cache, rows, arrays, workers)
+
+    for warming in (floor, loader):
+        _seconds(warming)
+    tally.clear()
+    pairs = [(_seconds(loader), _seconds(floor)) for _ in range(_ROUNDS)]
+    loader_s, floor_s = (median(times) for times in zip(*pairs, strict=True))
+    return _LoaderRates(
+        row_bytes=tally.size_bytes / (_ROUNDS * len(rows)),
+        loader_rows_per_s=len(rows) / loader_s,
+        floor_rows_per_s=len(rows) / floor_s,
+        loader_of_floor=median(floor / loader for loader, floor in pairs),
+        storage_bytes_per_s=tally.bytes_per_s,
+    )
+
+
+def read_floor(
+    cache: Cache, rows: Sequence[int], arrays: Sequence[str], workers: int
+) -> Iterator[None]:
+    """What no reader of these bytes can do without: pread and decompress, into memory at hand."""
+    descriptors: dict[str, int] = {}
+    places = []
+    for row in rows:
+        for array in arrays:
+            path, offset, length = cache.locate(row, array)
+            if path not in descriptors:
+                descriptors[path] = os.open(path, os.O_RDONLY)
+            places.append((descriptors[path], offset, length, array))
+    sizes = {array: cache.specs[array].stored.size_bytes for array in arrays}
+    largest = max(length for _, _, length, _ in places)
+    memory = threading.local()
+
+    def read(place: tuple[int, int, int, str]) -> None:
+        descriptor, offset, length, array = place
+        if not hasattr(memory, "stored"):
+            memory.stored = np.empty(largest, np.uint8)
+            memory.out = np.empty(max(sizes.values()), np.uint8)
+        os.preadv(descriptor, [memory.stored[:length].data], offset)
+        compressed = memory.stored[: length - CRC_BYTES]
+        decompress(compressed, cache.manifest.compression, memory.out[: sizes[array]])
+
+    try:
+        with ThreadPoolExecutor(workers) as pool:
+            yield from pool.map(read, places)
+    finally:
+        for descriptor in descriptors.values():
+            os.close(descriptor)
+
+
+def _seconds(make: Callable[[], Iterator[object]]) -> float:
+    started = time.perf_counter()
+    for _ in make():
+        pass
+    return time.perf_counter() - started
+
+
+@dataclass(frozen=True)
+class _Pace:
+    step_s: float | None = None
+    images_per_s: float | None = None
+    data_wait_fraction: float | None = None
+
+
+def _step_pace(
+    cache: Cache, groups: Sequence[Sequence[int]], config: TrainConfig, device: str, workers: int
+) -> _Pace:
+    """Of training steps, the first left out: it builds and warms what the others find."""
+    taps = cache.taps[:1] if config.feature_weight else []
+    logits = bool(config.kl_weight or config.mse_weight)
+    state = _random_state(cache, config, device)
+    model = Trainee(state.student, state.projection).train()
+    source = read_batches(cache, groups, device, taps, workers, logits=logits)
+    waited, images, started = 0.0, 0, 0.0
+    for number in range(len(groups)):
+        if number == 1:
+            waited, images, started = 0.0, 0, time.perf_counter()
+        asked = time.perf_counter()
+        batch = next(source)
+        waited += time.perf_counter() - asked
+        taken = take_step(model, state, [batch], config, config.temperature, Processes())
+        images += len(batch.keys)
+    for _ in read([taken]):  # waits for a GPU to come to it
+        pass
+    seconds = time.perf_counter() - started
+    return _Pace(seconds / (len(groups) - 1), images / seconds, waited / seconds)
+
+
+def _random_state(cache: Cache, config: TrainConfig, device: str) -> State:
+    student = build_student(
+        config.student_encoder, "random", config.student_tap, config.trained_levels
+    ).to(device)
+    projection = None
+    if config.feature_weight:
+        channels = cache.manifest.taps[0].shape[0]
+        projection = Projection(student.tap_channels, config.projection_hidden_dim, channels)
+        projection.to(device)
+    half = half_dtype(config, torch.device(device))
+    scaler = torch.amp.GradScaler(torch.device(device).type, enabled=half == torch.float16)
+    optimizer = build_optimizer(student, projection, config)
+    return State(student=student, projection=projection, optimizer=optimizer, scaler=scaler)
+
+
+def _student(run: Path, device: str) -> Size:
+    student, metadata = read_best_student(run)
+    unet, size_px = student.unet.to(device), metadata["size_px"]
+    pixels = torch.zeros(1, 3, size_px, size_px, device=device)
+
+    def infer() -> None:
+        with torch.inference_mode():
+            unet(pixels).cpu()
+
+    return _size(sum(p.numel() for p in unet.parameters()), infer)
+
+
+def _teacher(path: Path, cache: Cache, device: str) -> Size:
+    """Of the file given, as the teacher that made the cache was built."""
+    size_px = cache.manifest.size_px
+    network = cache.manifest.fingerprint.get("teacher_network")
+    settings = (
+        network_settings(network) if network else {"encoder": ExtractConfig().teacher_encoder}
+    )
+    teacher = Teacher(path, device=torch.device(device).type, size_px=size_px, **settings)
+    image = np.zeros((1, size_px, size_px, 3), np.uint8)
+    return _size(teacher.parameters, lambda: teacher.logits(image))
+
+
+def _size(parameters: int, infer: Callable[[], object]) -> Size:
+    infer()
+    times = []
+    for _ in range(_LATENCIES):
+        started = time.perf_counter()
+        infer()
+        times.append(time.perf_counter() - started)
+    return Size(parameters=parameters, size_bytes=4 * parameters, latency_ms=1000 * median(times))
