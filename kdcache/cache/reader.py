@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +35,23 @@ class Reading(NamedTuple):
 
     size_bytes: int = 0
     seconds: float = 0.0
+
+
+@dataclass
+class _Shard:
+    """What is known of a shard file once it was read: its index, and which slots were right."""
+
+    index: NDArray[np.uint64]  # 16 bytes a row and array stay in memory
+    version: tuple[int, ...] = ()
+    right: int = 0  # bit n: slot n, of the file of this version
+
+    def knows(self, slot: int, version: tuple[int, ...]) -> bool:
+        return version == self.version and bool(self.right >> slot & 1)
+
+    def learn(self, slot: int, version: tuple[int, ...]) -> None:
+        """Threads may forget what another one learns; then it is checked again."""
+        right = self.right if version == self.version else 0
+        self.version, self.right = version, right | 1 << slot
 
 
 class Cache:
@@ -72,7 +90,7 @@ class Cache:
             (c, slot) for c, commit in enumerate(commits) for slot in range(len(commit.keys))
         ]
         self.specs = {spec.path: spec for spec in self.manifest.arrays()}
-        self._indexes: dict[tuple[int, str], NDArray[np.uint64]] = {}
+        self._shards: dict[tuple[int, str], _Shard] = {}
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -132,11 +150,17 @@ class Cache:
         path = self._path_of(place, array)
         try:
             record = commit.objects[array]
-            at = chunk_range(self._index(place, array), slot, record.size_bytes)
+            shard = self._shard(place, array)
+            at = chunk_range(shard.index, slot, record.size_bytes)
+            compression = self.manifest.compression
+            flat = out.reshape(-1).view(np.uint8)
+            direct = flat if compression == "none" else None
             started = time.perf_counter()
-            chunk = read_chunk(path, *at, record.size_bytes)
-            reading = Reading(len(chunk), time.perf_counter() - started)
-            decode_chunk(chunk, record.crc(slot), self.manifest.compression, out)
+            chunk = read_chunk(path, *at, record.size_bytes, direct)
+            reading = Reading(chunk.size_bytes, time.perf_counter() - started)
+            known = shard.knows(slot, chunk.version)
+            decode_chunk(chunk, record.crc(slot), compression, flat, known=known)
+            shard.learn(slot, chunk.version)
         except (DamagedError, OSError, KeyError) as error:
             raise CacheError(
                 f"{path}: cannot read row {index} ({self.keys[index].sample_id}): {error}; the file "
@@ -150,21 +174,20 @@ class Cache:
         """The file, offset and length of the bytes that hold one row of an array."""
         place, slot = self._places[index]
         size_bytes = self.commits[place].objects[array].size_bytes
-        found = chunk_range(self._index(place, array), slot, size_bytes)
+        found = chunk_range(self._shard(place, array).index, slot, size_bytes)
         return self._path_of(place, array), *found
 
     def _path_of(self, place: int, array: str) -> str:
         # as text: made for every read, and pathlib takes as long as the read of a small array
         return f"{self._folder}/{self.specs[array].shard_path(self.commits[place].shard)}"
 
-    def _index(self, place: int, array: str) -> NDArray[np.uint64]:
-        """A shard's index, read once: 16 bytes a row and array stay in memory."""
-        index = self._indexes.get((place, array))
-        if index is None:
+    def _shard(self, place: int, array: str) -> _Shard:
+        shard = self._shards.get((place, array))
+        if shard is None:
             size_bytes = self.commits[place].objects[array].size_bytes
-            index = read_index(self._path_of(place, array), self.manifest.shard_rows, size_bytes)
-            self._indexes[place, array] = index
-        return index
+            path, slots = self._path_of(place, array), self.manifest.shard_rows
+            shard = self._shards[place, array] = _Shard(read_index(path, slots, size_bytes))
+        return shard
 
     def decode_features(self, index: int, tap: TapSpec) -> NDArray[np.float32]:
         """The (C, h, w) float32 feature map of one row and tap."""

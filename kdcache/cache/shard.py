@@ -14,10 +14,9 @@ import hashlib
 import os
 import struct
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import google_crc32c
 import numpy as np
@@ -60,25 +59,50 @@ def encode_chunk(array: NDArray[np.generic], compression: Compression) -> tuple[
     return compressed + struct.pack("<I", crc), crc
 
 
-def decode_chunk(
-    stored: NDArray[np.uint8], crc: int, compression: Compression, out: NDArray[np.generic]
-) -> None:
-    """A row's array into `out`; raises DamagedError unless these are the bytes that were committed.
+class Chunk(NamedTuple):
+    """One slot of a shard file as it was read."""
 
-    `stored` are those on disk, `crc` is the committed checksum of their compressed part.
-    """
+    compressed: NDArray[np.uint8]  # valid until this thread reads the next
+    crc: int  # the CRC-32C that stands behind it
+    version: tuple[int, ...]  # of the file: changes with every write to it
+
+    @property
+    def size_bytes(self) -> int:
+        return len(self.compressed) + CRC_BYTES
+
+
+def chunk_of(stored: bytes) -> Chunk:
+    """A chunk from the bytes on disk; raises DamagedError when they are too few."""
     if len(stored) < CRC_BYTES:
         raise DamagedError("chunk is shorter than its checksum")
-    compressed, kept = stored[:-CRC_BYTES], int.from_bytes(stored[-CRC_BYTES:].data, "little")
-    # zstd's own checksum, of what comes out, tells damage; here it is told what was committed
-    if kept != crc or (compression != "zstd" and google_crc32c.value(compressed) != crc):
+    compressed = np.frombuffer(stored, np.uint8, len(stored) - CRC_BYTES)
+    return Chunk(compressed, int.from_bytes(stored[-CRC_BYTES:], "little"), ())
+
+
+def decode_chunk(
+    chunk: Chunk,
+    crc: int,
+    compression: Compression,
+    out: NDArray[np.uint8],
+    *,
+    known: bool = False,
+) -> None:
+    """The bytes of a row's array into `out`; raises DamagedError unless they are the committed ones.
+
+    `crc` is the committed checksum. Bytes that are `known`, because they were checked before and the
+    file is the same, are not checked again where that would take longer than all the rest.
+    """
+    # zstd has a checksum of its own, of what comes out; there it remains to tell what was committed
+    checked = known or compression == "zstd"
+    if chunk.crc != crc or not (checked or google_crc32c.value(chunk.compressed) == crc):
         raise DamagedError("checksum of the chunk differs from the committed one")
-    flat = out.view(np.uint8).reshape(-1)
-    found = _decoded_bytes(compressed, compression)
-    if found != flat.size:
-        raise DamagedError(f"chunk holds {found} bytes, {flat.size} expected")
+    found = _decoded_bytes(chunk.compressed, compression)
+    if found != out.size:
+        raise DamagedError(f"chunk holds {found} bytes, {out.size} expected")
+    if chunk.compressed is out:
+        return  # it was read to where it belongs
     try:
-        decompress(compressed, compression, flat)
+        decompress(chunk.compressed, compression, out)
     except (RuntimeError, ValueError) as error:
         raise DamagedError(f"chunk does not decompress: {error}") from error
 
@@ -143,39 +167,57 @@ def chunk_range(index: NDArray[np.uint64], slot: int, size_bytes: int) -> tuple[
 def read_index(path: str, slots: int, size_bytes: int) -> NDArray[np.uint64]:
     """The index of a shard file; `size_bytes` is the file's committed size."""
     tail_bytes = index_bytes(slots)
-    with _opened(path, size_bytes) as descriptor:
+    descriptor, _ = _open(path, size_bytes)
+    try:
         tail = os.pread(descriptor, tail_bytes, max(0, size_bytes - tail_bytes))
+    finally:
+        os.close(descriptor)
     return decode_index(tail, slots)
 
 
-def read_chunk(path: str, offset: int, length: int, size_bytes: int) -> NDArray[np.uint8]:
-    """The stored bytes of one slot, and no others; valid until this thread reads the next.
+def read_chunk(
+    path: str, offset: int, length: int, size_bytes: int, out: NDArray[np.uint8] | None = None
+) -> Chunk:
+    """One slot's chunk, and no other byte; into `out` where that has just the room for it.
 
     `size_bytes` is the file's committed size.
     """
-    buffer: NDArray[np.uint8] | None = getattr(_thread, "buffer", None)
-    if buffer is None or len(buffer) < length:
-        _thread.buffer = buffer = np.empty(length, np.uint8)
-    read = 0
-    with _opened(path, size_bytes) as descriptor:
-        while read < length:
-            got = os.preadv(descriptor, [buffer[read:length].data], offset + read)
-            if not got:
-                raise DamagedError(f"file ends {length - read} bytes early")
-            read += got
-    return buffer[:length]
-
-
-@contextlib.contextmanager
-def _opened(path: str, size_bytes: int) -> Iterator[int]:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    body = length - CRC_BYTES
+    if body < 0:
+        raise DamagedError("chunk is shorter than its checksum")
+    if out is None or out.size != body:
+        buffer: NDArray[np.uint8] | None = getattr(_thread, "buffer", None)
+        if buffer is None or len(buffer) < body:
+            _thread.buffer = buffer = np.empty(body, np.uint8)
+        out = buffer[:body]
+    tail = bytearray(CRC_BYTES)
+    descriptor, status = _open(path, size_bytes)
     try:
-        found = os.fstat(descriptor).st_size
-        if found != size_bytes:
-            raise DamagedError(f"file has {found} bytes, {size_bytes} were committed")
-        yield descriptor
+        _read_all(descriptor, [out.data, memoryview(tail)], offset, length)
     finally:
         os.close(descriptor)
+    version = (status.st_ino, status.st_mtime_ns, status.st_ctime_ns)
+    return Chunk(out, int.from_bytes(tail, "little"), version)
+
+
+def _read_all(descriptor: int, into: list[memoryview], offset: int, length: int) -> None:
+    """Fill the buffers, `length` bytes in all; a read may give less than was asked for."""
+    while (got := os.preadv(descriptor, into, offset)) < length:
+        if not got:
+            raise DamagedError(f"file ends {length} bytes early")
+        offset, length = offset + got, length - got
+        while got >= len(into[0]):
+            got -= len(into.pop(0))
+        into[0] = into[0][got:]
+
+
+def _open(path: str, size_bytes: int) -> tuple[int, os.stat_result]:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    status = os.fstat(descriptor)
+    if status.st_size != size_bytes:
+        os.close(descriptor)
+        raise DamagedError(f"file has {status.st_size} bytes, {size_bytes} were committed")
+    return descriptor, status
 
 
 @dataclass(frozen=True, kw_only=True)

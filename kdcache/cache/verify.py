@@ -36,7 +36,14 @@ from kdcache.cache.format import (
     read_staged,
 )
 from kdcache.cache.layout import MASK, ROWS, ArraySpec
-from kdcache.cache.shard import DamagedError, chunk_range, decode_chunk, decode_index, index_bytes
+from kdcache.cache.shard import (
+    DamagedError,
+    chunk_of,
+    chunk_range,
+    decode_chunk,
+    decode_index,
+    index_bytes,
+)
 from kdcache.durable import TEMPORARY_SUFFIX
 from kdcache.errors import CacheError
 from kdcache.imaging import BACKGROUND, IGNORE, PADDING, PERSON
@@ -304,9 +311,10 @@ def _check_shard(path: Path, root: Root, commit: Commit, spec: ArraySpec) -> Ite
         for slot, key in enumerate(commit.keys):
             try:
                 offset, length = chunk_range(index, slot, len(data))
-                chunk = np.frombuffer(data, np.uint8, length, offset)
+                chunk = chunk_of(data[offset : offset + length])
                 stored = np.empty(spec.stored.shape, spec.stored.dtype)
-                decode_chunk(chunk, record.crc(slot), root.manifest.compression, stored)
+                flat = stored.reshape(-1).view(np.uint8)
+                decode_chunk(chunk, record.crc(slot), root.manifest.compression, flat)
                 _check_values(spec, spec.undo(stored), key)
             except DamagedError as error:
                 spoilt[key.sample_id] = str(error)

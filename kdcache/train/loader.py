@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +18,8 @@ from kdcache.cache.format import RowKey
 from kdcache.cache.layout import IMAGE, LOGITS, MASK, TapSpec
 from kdcache.cache.reader import Cache, Reading
 from kdcache.train.student import normalised
+
+T = TypeVar("T")
 
 # Batches read ahead of the step that uses them; each costs its stored size in memory.
 _AHEAD = 2
@@ -81,7 +83,7 @@ def shuffled(rows: Sequence[int], seed: int, epoch: int) -> list[int]:
     return [rows[i] for i in np.random.default_rng([seed, epoch]).permutation(len(rows))]
 
 
-def chunked(rows: Sequence[int], size: int) -> list[Sequence[int]]:
+def chunked(rows: Sequence[T], size: int) -> list[Sequence[T]]:
     """Consecutive pieces of `size` rows; the last may be smaller."""
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 
@@ -157,7 +159,8 @@ def read_stored(
     try:
         for number, rows in enumerate(groups):
             stored = ring[number % len(ring)].of(len(rows))
-            reads = [pool.submit(_read_row, cache, row, stored, n) for n, row in enumerate(rows)]
+            places = chunked(list(enumerate(rows)), -(-len(rows) // workers))
+            reads = [pool.submit(_read_rows, cache, some, stored) for some in places]
             waiting.append((rows, stored, reads))
             if len(waiting) > _AHEAD:
                 yield _finished(*waiting.popleft(), tally)
@@ -188,8 +191,16 @@ class _Buffers:
         return {path: tensor[:rows] for path, tensor in self._tensors.items()}
 
 
-def _read_row(cache: Cache, row: int, stored: Mapping[str, Tensor], n: int) -> list[Reading]:
-    return [cache.read_stored(row, path, tensor[n].numpy()) for path, tensor in stored.items()]
+def _read_rows(
+    cache: Cache, places: Sequence[tuple[int, int]], stored: Mapping[str, Tensor]
+) -> list[Reading]:
+    """Rows into their places in a batch, given as (place, row)."""
+    arrays = {path: tensor.numpy() for path, tensor in stored.items()}
+    return [
+        cache.read_stored(row, path, array[n])
+        for n, row in places
+        for path, array in arrays.items()
+    ]
 
 
 def _finished(

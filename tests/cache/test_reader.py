@@ -163,13 +163,45 @@ def test_what_is_read_is_what_zarr_reads_and_each_index_is_read_once(any_cache, 
     assert len(opened) == len(set(opened)) == len(cache.specs) * len(cache.commits)
 
 
-def test_short_reads_are_continued_and_an_early_end_is_an_error(small, monkeypatch):
-    expected, preadv = Cache(small).read(2, "image"), os.preadv
-    monkeypatch.setattr(os, "preadv", lambda fd, into, at: preadv(fd, [into[0][:1000]], at))
-    assert np.array_equal(Cache(small).read(2, "image"), expected)
+@pytest.mark.parametrize("compression", ["zstd", "none"])
+def test_short_reads_are_continued_and_an_early_end_is_an_error(tmp_path, monkeypatch, compression):
+    manifest = dataclasses.replace(MANIFEST, compression=compression)
+    with CacheWriter(tmp_path / "c", manifest) as writer:
+        for number in range(5):
+            writer.append(*make_row(number, manifest=manifest))
+    expected, preadv = Cache(tmp_path / "c").read(2, "image"), os.preadv
+
+    sizes = itertools.cycle((1000, 999, 3, 1))
+
+    def short(descriptor, into, at):
+        return preadv(descriptor, [into[0][: next(sizes)]], at)
+
+    monkeypatch.setattr(os, "preadv", short)
+    assert np.array_equal(Cache(tmp_path / "c").read(2, "image"), expected)
     monkeypatch.setattr(os, "preadv", lambda fd, into, at: 0)
     with pytest.raises(CacheError, match="ends .* bytes early"):
-        Cache(small).read(2, "image")
+        Cache(tmp_path / "c").read(2, "image")
+
+
+@pytest.mark.parametrize("compression", ["zstd", "lz4", "none"])
+def test_a_file_that_changes_after_it_was_read_is_checked_again(tmp_path, compression):
+    """Chunks that were right are not checked twice, as long as nobody writes to the file."""
+    manifest = dataclasses.replace(MANIFEST, compression=compression)
+    with CacheWriter(tmp_path / "c", manifest) as writer:
+        for number in range(3):
+            writer.append(*make_row(number, manifest=manifest))
+    cache = Cache(tmp_path / "c")
+    expected = cache.read(0, "mask")
+    for _ in range(2):
+        assert np.array_equal(cache.read(0, "mask"), expected)
+    path = tmp_path / "c" / cache.specs["mask"].shard_path(0)
+    times = os.stat(path)
+    data = bytearray(path.read_bytes())
+    data[cache.locate(0, "mask")[1] + 9] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # its ctime tells all the same
+    with pytest.raises(CacheError, match="c.0"):
+        cache.read(0, "mask")
 
 
 def test_truncated_and_missing_shards_raise(small):

@@ -1,0 +1,344 @@
+"""How fast do rows of a cache come into a ready batch, beside what people would use instead?
+
+    .venv/bin/python benchmarks/loaders.py coco.zarr [--rows 96 --batch-size 4 --rounds 3]
+
+Every reader gets the rows of the cache as arrays and has to give batches: each array of N rows in
+one block of memory. "zstd" readers store what a zstd cache stores (packed codes, predicted pixels),
+the uncompressed ones what a cache of `--compression none` stores, so no reader has less to do for
+its format. One thread each, page cache warm unless it says cold; rounds alternate, medians.
+
+HDF5 (h5py, hdf5plugin), LitData and MosaicML streaming are measured where they are installed: in an
+environment of their own (streaming wants an older numpy), with kdcache in it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import cycle, islice
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import click
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from kdcache.allocator import keep_freed_memory
+from kdcache.bench import read_floor
+from kdcache.cache.format import RowKey, describe_row
+from kdcache.cache.layout import ROWS
+from kdcache.cache.reader import Cache
+from kdcache.cache.writer import CacheWriter
+from kdcache.config import Compression
+from kdcache.train.loader import chunked, read_stored
+
+Row = dict[str, NDArray[Any]]
+Batch = dict[str, NDArray[Any]]
+_SHARD_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Reader:
+    """One way to store the rows; `epoch` gives a batch for each group of row numbers."""
+
+    name: str
+    compressed: bool
+    folder: Path
+    epoch: Callable[[Sequence[Sequence[int]]], Iterator[object]]
+    # what a reader that unpacks into files of its own left there
+    forget: Callable[[], None] = lambda: None
+
+
+def gathered(groups: Sequence[Sequence[int]], row: Callable[[int], Row]) -> Iterator[Batch]:
+    """Batches of rows that come one by one: the copy into a ready batch."""
+    ready: Batch = {}
+    for group in groups:
+        for n, number in enumerate(group):
+            for name, array in row(number).items():
+                if name not in ready:
+                    ready[name] = np.empty((len(groups[0]), *array.shape), array.dtype)
+                ready[name][n] = array
+        yield ready
+
+
+def written(source: Cache, path: Path, rows: Sequence[int], compression: Compression) -> Cache:
+    """A cache of these rows of another; a row that comes again is stored again."""
+    manifest = replace(source.manifest, compression=compression, shard_rows=32)
+    with CacheWriter(path, manifest) as writer:
+        for number, row in enumerate(rows):
+            key = RowKey("train", f"{number}", 0)
+            arrays = {spec.path: source.read(row, spec.path) for spec in manifest.arrays()}
+            writer.append(key, arrays | {ROWS: describe_row(key, {})})
+    return Cache(path)
+
+
+def stored_row(cache: Cache, number: int) -> Row:
+    """A row as the cache stores it, uncompressed."""
+    row = {}
+    for path, spec in cache.specs.items():
+        if path != ROWS:
+            row[path] = np.empty(spec.stored.shape, spec.stored.dtype)
+            cache.read_stored(number, path, row[path])
+    return row
+
+
+def readers(folder: Path, source: Cache, rows: Sequence[int], skipped: list[str]) -> list[Reader]:
+    """All there are, their rows written."""
+    found = []
+    for compression in ("zstd", "none"):
+        cache = written(source, folder / f"kdcache-{compression}", rows, compression)
+        arrays = [path for path in cache.specs if path != ROWS]
+        found += [ours(cache, arrays), floor(cache, arrays)]
+        if compression == "zstd":
+            found.append(by_zarr(cache, arrays))
+        for make in (
+            (hdf5, mosaic, litdata) if compression == "zstd" else (memmap, npy, mosaic, litdata)
+        ):
+            try:
+                target = folder / f"{make.__name__}-{compression}"
+                target.mkdir()
+                found.append(make(target, cache, len(rows), compression == "zstd"))
+            except ImportError as error:
+                skipped.append(f"{make.__name__}: {error}")
+    return found
+
+
+def ours(cache: Cache, arrays: Sequence[str]) -> Reader:
+    compressed = cache.manifest.compression == "zstd"
+    return Reader("kdcache", compressed, cache.path, lambda g: read_stored(cache, g, arrays, 1))
+
+
+def floor(cache: Cache, arrays: Sequence[str]) -> Reader:
+    def epoch(groups: Sequence[Sequence[int]]) -> Iterator[object]:
+        return read_floor(cache, [row for group in groups for row in group], arrays, 1)
+
+    compressed = cache.manifest.compression == "zstd"
+    name = "floor: pread and decompress" if compressed else "floor: pread"
+    return Reader(name, compressed, cache.path, epoch)
+
+
+def by_zarr(cache: Cache, arrays: Sequence[str]) -> Reader:
+    group = {path: zarr.open_array(cache.path / path, mode="r") for path in arrays}
+
+    def row(number: int) -> Row:
+        return {path: np.asarray(array[number]) for path, array in group.items()}
+
+    return Reader("zarr-python", True, cache.path, lambda groups: gathered(groups, row))
+
+
+def hdf5(folder: Path, cache: Cache, count: int, compressed: bool) -> Reader:
+    import h5py
+    import hdf5plugin
+
+    with h5py.File(folder / "rows.h5", "w") as file:
+        for number in range(count):
+            for path, array in stored_row(cache, number).items():
+                if not number:
+                    file.create_dataset(
+                        path,
+                        (count, *array.shape),
+                        array.dtype,
+                        chunks=(1, *array.shape),
+                        **hdf5plugin.Zstd(clevel=1),
+                    )
+                file[path][number] = array
+
+    def epoch(groups: Sequence[Sequence[int]]) -> Iterator[Batch]:
+        with h5py.File(folder / "rows.h5", "r", rdcc_nbytes=0) as file:
+            sets = [file[path] for path in cache.specs if path != ROWS]
+            ready = {s.name: np.empty((len(groups[0]), *s.shape[1:]), s.dtype) for s in sets}
+            for group in groups:
+                for n, number in enumerate(group):
+                    for one in sets:
+                        one.read_direct(ready[one.name], np.s_[number], np.s_[n])
+                yield ready
+
+    return Reader("HDF5", compressed, folder, epoch)
+
+
+def mosaic(folder: Path, cache: Cache, count: int, compressed: bool) -> Reader:
+    from streaming import MDSWriter, StreamingDataset
+    from streaming.base.util import clean_stale_shared_memory
+
+    first = stored_row(cache, 0)
+    forms = {name.replace("/", "|"): (a.dtype, a.shape) for name, a in first.items()}
+    options = {"compression": "zstd:1"} if compressed else {}
+    with MDSWriter(
+        out=str(folder / "mds"),
+        columns=dict.fromkeys(forms, "bytes"),
+        size_limit=_SHARD_BYTES,
+        **options,
+    ) as writer:
+        for number in range(count):
+            arrays = stored_row(cache, number).items()
+            writer.write({name.replace("/", "|"): array.tobytes() for name, array in arrays})
+    clean_stale_shared_memory()
+    opened: list[Any] = []
+
+    def epoch(groups: Sequence[Sequence[int]]) -> Iterator[Batch]:
+        if not opened:
+            opened.append(StreamingDataset(local=str(folder / "mds"), batch_size=1, shuffle=False))
+
+        def row(number: int) -> Row:
+            item = opened[0][number]
+            return {k: np.frombuffer(item[k], d).reshape(s) for k, (d, s) in forms.items()}
+
+        return gathered(groups, row)
+
+    def forget() -> None:
+        opened.clear()
+        clean_stale_shared_memory()
+        for file in (folder / "mds").glob("*.mds") if compressed else ():
+            file.unlink()
+
+    return Reader("MosaicML streaming", compressed, folder, epoch, forget)
+
+
+def litdata(folder: Path, cache: Cache, count: int, compressed: bool) -> Reader:
+    from litdata import StreamingDataset
+    from litdata.streaming.writer import BinaryWriter
+
+    writer = BinaryWriter(
+        str(folder / "ld"), chunk_bytes=_SHARD_BYTES, compression="zstd" if compressed else None
+    )
+    for number in range(count):
+        writer[number] = stored_row(cache, number)
+    writer.done()
+    writer.merge()
+    opened: list[Any] = []
+
+    def epoch(groups: Sequence[Sequence[int]]) -> Iterator[Batch]:
+        if not opened:
+            opened.append(StreamingDataset(str(folder / "ld"), shuffle=False))
+        return gathered(groups, lambda number: opened[0][number])
+
+    kept = {file.name for file in (folder / "ld").iterdir()}
+
+    def forget() -> None:
+        opened.clear()
+        for file in (folder / "ld").iterdir():
+            if file.name not in kept:
+                file.unlink()
+
+    return Reader("LitData", compressed, folder, epoch, forget)
+
+
+def memmap(folder: Path, cache: Cache, count: int, compressed: bool) -> Reader:
+    arrays: dict[str, np.memmap[Any, Any]] = {}
+    for number in range(count):
+        for path, array in stored_row(cache, number).items():
+            if not number:
+                file, shape = folder / path.replace("/", "|"), (count, *array.shape)
+                arrays[path] = np.memmap(file, array.dtype, "w+", shape=shape)
+            arrays[path][number] = array
+    for written_array in arrays.values():
+        written_array.flush()
+
+    def row(number: int) -> Row:
+        return {path: array[number] for path, array in arrays.items()}
+
+    return Reader("memory map", compressed, folder, lambda groups: gathered(groups, row))
+
+
+def npy(folder: Path, cache: Cache, count: int, compressed: bool) -> Reader:
+    names = [path for path in cache.specs if path != ROWS]
+
+    def file(number: int, name: str) -> Path:
+        return folder / f"{number}-{name.replace('/', '|')}.npy"
+
+    for number in range(count):
+        for path, array in stored_row(cache, number).items():
+            np.save(file(number, path), array)
+
+    def row(number: int) -> Row:
+        return {name: np.load(file(number, name)) for name in names}
+
+    return Reader(".npy files", compressed, folder, lambda groups: gathered(groups, row))
+
+
+def seconds(reader: Reader, groups: Sequence[Sequence[int]]) -> float:
+    started = time.perf_counter()
+    for _ in reader.epoch(groups):
+        pass
+    return time.perf_counter() - started
+
+
+def disk_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def drop_pages(folder: Path) -> None:
+    """Ask the kernel to forget the files; what another process maps stays."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            descriptor = os.open(file, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
+
+
+def measure(reader: Reader, count: int, batch_size: int) -> dict[str, float]:
+    """Rows a second: the first epoch after writing, then warm in order and at random, then cold."""
+    in_order = chunked(range(count), batch_size)
+    at_random = chunked(np.random.default_rng(0).permutation(count).tolist(), batch_size)
+    found = {"disk": float(disk_bytes(reader.folder))}
+    reader.forget()
+    drop_pages(reader.folder)
+    found["first, cold"] = count / seconds(reader, in_order)
+    found["in order"] = count / seconds(reader, in_order)
+    found["at random"] = count / seconds(reader, at_random)
+    found["disk after"] = float(disk_bytes(reader.folder))
+    reader.forget()
+    list(reader.folder.rglob("*"))
+    found["first, warm"] = count / seconds(reader, in_order)
+    return found
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.argument("cache", type=click.Path(path_type=Path, exists=True))
+@click.option("--rows", "count", default=96, help="Rows that are stored; a small cache's repeat.")
+@click.option("--batch-size", default=4)
+@click.option("--rounds", default=3, help="Medians are of so many.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="File for the numbers.")
+def main(cache: Path, count: int, batch_size: int, rounds: int, json_path: Path | None) -> None:
+    """Print a Markdown table for docs/log.md."""
+    keep_freed_memory()
+    source, skipped = Cache(cache), list[str]()
+    count -= count % batch_size
+    with tempfile.TemporaryDirectory(dir=cache.parent) as folder:
+        rows = list(islice(cycle(range(len(source))), count))
+        all_readers = readers(Path(folder), source, rows, skipped)
+        found: dict[str, list[dict[str, float]]] = {}
+        for number in range(rounds):
+            for reader in all_readers:
+                click.echo(f"round {number + 1}/{rounds}, {reader.name} …", err=True)
+                name = f"{reader.name}, {'zstd' if reader.compressed else 'uncompressed'}"
+                found.setdefault(name, []).append(measure(reader, count, batch_size))
+        shutil.rmtree(folder, ignore_errors=True)
+    table = {
+        name: {key: median(one[key] for one in times) for key in times[0]}
+        for name, times in found.items()
+    }
+    for text in skipped:
+        click.echo(f"not measured: {text}", err=True)
+    click.echo(f"{count} rows, batches of {batch_size}, one thread; rows/s\n")
+    columns = ["first, cold", "first, warm", "in order", "at random"]
+    click.echo("| stored as | MB/row | after | " + " | ".join(columns) + " |")
+    click.echo("| --- |" + " ---: |" * (len(columns) + 2))
+    for name, one in table.items():
+        sizes = [f"{one[key] / count / 1e6:.2f}" for key in ("disk", "disk after")]
+        cells = [*sizes, *(f"{one[key]:.0f}" for key in columns)]
+        click.echo(f"| {name} | " + " | ".join(cells) + " |")
+    if json_path is not None:
+        json_path.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
