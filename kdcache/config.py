@@ -160,6 +160,9 @@ class TrainConfig(_Settings):
     dice_weight: float = Field(1.0, ge=0)
     feature_weight: float = Field(0.5, ge=0)
     feature_loss: Literal["mse", "cosine"] = "mse"
+    feature_positions: int = Field(
+        0, ge=0, description="grid positions of each step that the feature loss is of; 0 = all"
+    )
     seed: int = Field(0, ge=0, lt=2**63)
 
     @field_validator("kl_scale", mode="before")

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from kdcache.precompute.extract import ExtractReport
     from kdcache.precompute.plan import Plan
     from kdcache.precompute.refresh import RefreshReport
+    from kdcache.precompute.stages import StageTimes
     from kdcache.train.export import ExportReport
     from kdcache.train.loop import TrainReport
 
@@ -36,8 +37,21 @@ def extract_text(report: ExtractReport) -> str:
     ]
     if report.rows_found:
         lines.append(f"{report.rows_found} rows were committed before and not computed again")
+    if report.rows_added:
+        lines += ["", table(_stage_rows(report.stages))]
+        lines.append(f"what set the pace: {report.stages.bottleneck}")
     rest = f"kdcache info {report.cache}"
     return "\n".join(lines + _remarks(dataclasses.asdict(report), _SKIPPED_SHOWN, rest))
+
+
+def _stage_rows(times: StageTimes) -> list[Sequence[str]]:
+    """How busy the threads of each stage were."""
+    rows: list[Sequence[str]] = [("stage", "threads", "busy", "of the time")]
+    for name, busy_s in times.busy_s.items():
+        threads = times.threads[name]
+        share = busy_s / threads / times.seconds if times.seconds else 0.0
+        rows.append((name, str(threads), f"{busy_s:.1f} s", f"{share:.0%}"))
+    return rows
 
 
 def _remarks(found: Mapping[str, Any], shown: int | None = None, rest: str = "") -> list[str]:

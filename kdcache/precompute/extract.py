@@ -35,6 +35,16 @@ from kdcache.precompute.job import DEFAULT_BATCH, Job, bytes_per_row, gone, open
 from kdcache.precompute.need import Need
 from kdcache.precompute.onnx_session import Device
 from kdcache.precompute.sources import Prepared, Tally, changed, prepare, twins
+from kdcache.precompute.stages import (
+    DETECTOR,
+    ENCODE,
+    FOR_PHOTOS,
+    FOR_WRITER,
+    TEACHER,
+    WRITE,
+    Stages,
+    StageTimes,
+)
 from kdcache.precompute.teacher import Teacher
 from kdcache.precompute.yolo import Yolo
 from kdcache.progress import Progress
@@ -63,6 +73,7 @@ class ExtractReport:
     seconds: float  # all of it, loading the models included
     images_per_s: float  # without the loading
     bytes_added: int
+    stages: StageTimes  # of what came after the first look
 
 
 def extract(
@@ -87,7 +98,8 @@ def extract(
     started = time.monotonic()
     tally = Tally(strict)
     job = open_job(config, dataset, out, split=split, device=device, limit=limit, tally=tally)
-    prepared = prepare(job.todo, config.size, config.resize, workers, tally)
+    stages = Stages(workers)
+    prepared = prepare(job.todo, config.size, config.resize, workers, tally, stages)
     first = list(itertools.islice(prepared, 0 if job.known else LOOKED_AT))
     if not first and not job.known:
         reasons = "; ".join(
@@ -102,6 +114,7 @@ def extract(
         committed = [(sample, job.known[key]) for key, sample in job.planned if key in job.known]
         old = changed(committed, workers, progress, stop)
         models_ready = time.monotonic()
+        stages.clear()
         writer.expect(len(job.todo))
         before = len(writer.committed)
         rows = itertools.chain(first, prepared)
@@ -111,7 +124,8 @@ def extract(
             return [megabytes(writer.bytes_written), f"{len(tally.skipped)} skipped"]
 
         with Progress("extract", len(job.todo), "image", shown=progress, facts=facts) as bar:
-            run(rows, job.yolo, job.teacher, writer, size, tally, bar, stop)
+            run(rows, job.yolo, job.teacher, writer, size, tally, bar, stop, stages)
+        times = stages.times()
         writer.commit()
         total = len(writer.committed)
         remarks = Remarks(
@@ -139,6 +153,7 @@ def extract(
         seconds=ended - started,
         images_per_s=(total - before) / (ended - models_ready),
         bytes_added=sum(o.size_bytes for commit in new_commits for o in commit.objects.values()),
+        stages=times,
         **vars(remarks),
     )
 
@@ -181,6 +196,7 @@ def run(
     tally: Tally,
     bar: Progress,
     stop: StopRequest,
+    stages: Stages,
 ) -> None:
     """Both models over batches of one constant size; rows go to the writer's thread in order.
 
@@ -188,23 +204,27 @@ def run(
     """
     with ThreadPoolExecutor(1, thread_name_prefix="write") as pool:
         writing: deque[tuple[Prepared, Future[None]]] = deque()
-        for batch in _batched(rows, batch_size):
+        for batch in stages.waited_for(_batched(rows, batch_size), FOR_PHOTOS):
             if stop.asked:
                 break
             with device_memory("stacking a batch", "lower --batch-size"):
                 images = np.stack([row.image for row in batch])
                 padding = np.repeat(images[-1:], batch_size - len(batch), axis=0)
                 images = np.concatenate([images, padding])
-            features = [None] * batch_size if yolo is None else yolo.features(images)
-            logits = [None] * batch_size if teacher is None else teacher.logits(images)
+            with stages.busy(DETECTOR):
+                features = [None] * batch_size if yolo is None else yolo.features(images)
+            with stages.busy(TEACHER):
+                logits = [None] * batch_size if teacher is None else teacher.logits(images)
             for row, feature_CHW, logits_HW in zip(batch, features, logits, strict=False):
-                write = pool.submit(_write, writer, row, feature_CHW, logits_HW)
+                write = pool.submit(_write, writer, row, feature_CHW, logits_HW, stages)
                 writing.append((row, write))
-            while len(writing) > 2 * batch_size:
-                _finish(*writing.popleft(), tally)
+            with stages.busy(FOR_WRITER):
+                while len(writing) > 2 * batch_size:
+                    _finish(*writing.popleft(), tally)
             bar.reach(tally.handled)
-        while writing:
-            _finish(*writing.popleft(), tally)
+        with stages.busy(FOR_WRITER):
+            while writing:
+                _finish(*writing.popleft(), tally)
         bar.reach(tally.handled)
 
 
@@ -220,8 +240,12 @@ def _write(
     row: Prepared,
     feature_CHW: codecs.Array | None,
     logits_HW: codecs.F32 | None,
+    stages: Stages,
 ) -> None:
-    writer.append(row.key, row_arrays(row, feature_CHW, logits_HW, writer.manifest))
+    with stages.busy(ENCODE):
+        arrays = row_arrays(row, feature_CHW, logits_HW, writer.manifest)
+    with stages.busy(WRITE):
+        writer.append(row.key, arrays)
 
 
 def _finish(row: Prepared, write: Future[None], tally: Tally) -> None:

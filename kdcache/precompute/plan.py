@@ -25,6 +25,7 @@ from kdcache.precompute.job import DEFAULT_BATCH, Job, bytes_per_row, open_job, 
 from kdcache.precompute.need import Need, free, stored_bytes
 from kdcache.precompute.onnx_session import Device
 from kdcache.precompute.sources import Tally, prepare
+from kdcache.precompute.stages import Stages
 from kdcache.progress import Progress
 from kdcache.stop import StopRequest
 
@@ -189,7 +190,7 @@ def _image_s(
         CacheWriter(folder / "trial", job.manifest) as writer,
         Progress("trial", len(trial), "image", shown=progress) as bar,
     ):
-        run(rows, job.yolo, job.teacher, writer, batch_size, tally, bar, stop)
+        run(rows, job.yolo, job.teacher, writer, batch_size, tally, bar, stop, Stages(workers))
         writer.commit()
         if stop.asked:
             raise KeyboardInterrupt

@@ -15,6 +15,7 @@ from kdcache.config import ResizeMode
 from kdcache.errors import CacheError, DatasetError, SampleError
 from kdcache.imaging import U8, decode_image, exif_orientation, place, resize_image, resize_mask
 from kdcache.precompute.dataset import Sample
+from kdcache.precompute.stages import DECODE, Stages
 from kdcache.progress import Progress
 from kdcache.stop import StopRequest
 from kdcache.tables import printable
@@ -73,6 +74,7 @@ def prepare(
     resize: ResizeMode,
     workers: int,
     tally: Tally,
+    stages: Stages | None = None,
 ) -> Iterator[Prepared]:
     """Decoded samples in order, `2 · workers` ahead at most; bad ones go to the tally."""
     waiting: deque[tuple[RowKey, Future[Prepared]]] = deque()
@@ -84,10 +86,16 @@ def prepare(
         except SampleError as error:
             tally.skip(key.sample_id, str(error))
 
+    clock = stages or Stages(workers)
+
+    def decoded(key: RowKey, sample: Sample) -> Prepared:
+        with clock.busy(DECODE):
+            return _decoded(key, sample, size_px, resize)
+
     pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
     try:
         for key, sample in todo:
-            waiting.append((key, pool.submit(_decoded, key, sample, size_px, resize)))
+            waiting.append((key, pool.submit(decoded, key, sample)))
             if len(waiting) > 2 * workers:
                 yield from finished()
         while waiting:

@@ -100,19 +100,36 @@ def dice(student: Tensor, mask: Tensor, per: Counts | None = None) -> Tensor:
 
 
 def feature_mse(
-    projected: Tensor, target: Tensor, mask: Tensor, per: Counts | None = None
+    projected: Tensor,
+    target: Tensor,
+    mask: Tensor,
+    per: Counts | None = None,
+    positions: Tensor | None = None,
 ) -> Tensor:
-    """Mean over channels and seen positions of (P(f_s) − f_yolo)²."""
-    squares = ((projected.float() - target.float()) ** 2).mean(1)
-    return _mean_over_positions(squares, mask, per)
+    """Mean over channels and seen positions of (P(f_s) − f_yolo)².
+
+    With `positions`, some of the target's h·w, `projected` is (N, C, P, 1) at those alone; drawn
+    evenly, the loss is that of all positions in the mean.
+    """
+    squares = ((projected.float() - at(target, positions).float()) ** 2).mean(1)
+    return _mean_over_positions(squares, mask, per, target, positions)
 
 
 def feature_cosine(
-    projected: Tensor, target: Tensor, mask: Tensor, per: Counts | None = None
+    projected: Tensor,
+    target: Tensor,
+    mask: Tensor,
+    per: Counts | None = None,
+    positions: Tensor | None = None,
 ) -> Tensor:
-    """1 − mean over seen positions of the cosine along the channels."""
-    cosine = F.cosine_similarity(projected.float(), target.float(), dim=1)
-    return _mean_over_positions(1 - cosine, mask, per)
+    """1 − mean over seen positions of the cosine along the channels; `positions` as above."""
+    cosine = F.cosine_similarity(projected.float(), at(target, positions).float(), dim=1)
+    return _mean_over_positions(1 - cosine, mask, per, target, positions)
+
+
+def at(maps: Tensor, positions: Tensor | None) -> Tensor:
+    """(N, C, h, w) at some of its h·w positions, (N, C, P, 1); all of it for None."""
+    return maps if positions is None else maps.flatten(2)[:, :, positions, None]
 
 
 FEATURE_LOSSES = {"mse": feature_mse, "cosine": feature_cosine}
@@ -123,11 +140,13 @@ def _mean(values: Tensor, weight: Tensor, count: Tensor) -> Tensor:
     return (values * weight).sum() / torch.where(count > 0, count, 1)
 
 
-def _mean_over_positions(values_Nhw: Tensor, mask: Tensor, per: Counts | None) -> Tensor:
-    """Mean over a coarser grid than the mask's, each position weighted by what is seen of it."""
-    height, width = values_Nhw.shape[1:]
+def _mean_over_positions(
+    values: Tensor, mask: Tensor, per: Counts | None, target: Tensor, positions: Tensor | None
+) -> Tensor:
+    """Mean over the target's grid, or some of it, each position weighted by what is seen of it."""
+    grid = (target.shape[-2], target.shape[-1])
     pixels = seen(mask).reshape(len(mask), 1, *mask.shape[-2:])
-    weight = F.adaptive_avg_pool2d(pixels, (height, width))[:, 0]
-    # the weights add up to the seen pixels, in units of positions
-    positions = (per or counts(mask)).seen_pixels * (height * width / pixels[0].numel())
-    return _mean(values_Nhw, weight, positions)
+    weight = at(F.adaptive_avg_pool2d(pixels, grid), positions)[:, 0]
+    # the weights of all positions add up to the seen pixels, in units of positions
+    count = (per or counts(mask)).seen_pixels * (values[0].numel() / pixels[0].numel())
+    return _mean(values, weight, count)

@@ -27,11 +27,12 @@ class Trainee(nn.Module):
         super().__init__()
         self.student, self.projection = student, projection
 
-    def forward(self, pixels_NCHW: Tensor) -> StudentOutput:
+    def forward(self, pixels_NCHW: Tensor, positions: Tensor | None = None) -> StudentOutput:
+        """The projection is of some `positions` of its map only, where those are given."""
         logits, feature = self.student(pixels_NCHW)
-        return StudentOutput(
-            logits, feature if self.projection is None else self.projection(feature)
-        )
+        if self.projection is not None:
+            feature = self.projection(losses.at(feature, positions))
+        return StudentOutput(logits, feature)
 
 
 def build_optimizer(
@@ -76,6 +77,7 @@ def all_losses(
     config: TrainConfig,
     temperature: float,
     per: losses.Counts | None = None,
+    positions: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Each loss by the name of its weight: bce, dice, with teacher logits kl and mse before them,
     with a projection feature."""
@@ -91,7 +93,8 @@ def all_losses(
     if projection is not None:
         (target,) = batch.features.values()
         loss = losses.FEATURE_LOSSES[config.feature_loss]
-        values["feature"] = loss(output.feature, projection.standardised(target), mask, per)
+        target = projection.standardised(target)
+        values["feature"] = loss(output.feature, target, mask, per, positions)
     return values
 
 
@@ -134,8 +137,11 @@ def take_step(
     found = []
     for number, batch in enumerate(batches, 1):
         with _exchanging(model, number == len(batches)):
-            output = forward(model, batch, config)
-            values = all_losses(output, state.projection, batch, config, temperature, per)
+            positions = _positions(batch, config)
+            output = forward(model, batch, config, positions)
+            values = all_losses(
+                output, state.projection, batch, config, temperature, per, positions
+            )
             total = weighted(values, config)
             state.scaler.scale(total).backward()  # type: ignore[no-untyped-call]
         found.append(torch.stack([*values.values(), total]).detach())
@@ -179,11 +185,25 @@ def read(steps: Sequence[Taken]) -> Iterator[dict[str, float]]:
         }
 
 
-def forward(model: nn.Module, batch: Batch, config: TrainConfig) -> StudentOutput:
+def _positions(batch: Batch, config: TrainConfig) -> Tensor | None:
+    """Positions of the target's grid that are drawn for this batch, from torch's generator."""
+    if not config.feature_positions or not batch.features:
+        return None
+    (target,) = batch.features.values()
+    everywhere = target.shape[-2] * target.shape[-1]
+    if config.feature_positions >= everywhere:
+        return None
+    drawn = torch.randperm(everywhere)[: config.feature_positions]
+    return drawn.to(target.device, non_blocking=True)
+
+
+def forward(
+    model: nn.Module, batch: Batch, config: TrainConfig, positions: Tensor | None = None
+) -> StudentOutput:
     """A Trainee's output for a batch, in half precision where the settings ask for it."""
     with autocast(config, batch.image.device):
         try:
-            output: StudentOutput = model(batch.image)
+            output: StudentOutput = model(batch.image, positions)
         except ValueError as error:  # torch's BatchNorm, of a 1×1 map of a single image
             if "more than 1 value per channel" not in str(error):
                 raise

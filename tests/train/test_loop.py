@@ -144,6 +144,8 @@ def test_slow_storage_is_said(cache, tmp_path, monkeypatch, caplog):
     original = Cache.read_stored
 
     def slow(self, row, array, out):
+        if self.keys[row].split == "val":
+            return original(self, row, array, out)
         time.sleep(0.4)
         return original(self, row, array, out)._replace(seconds=0.4)
 

@@ -16,8 +16,8 @@ from kdcache.cache.format import RowKey
 from kdcache.cache.reader import Cache
 from kdcache.config import TrainConfig
 from kdcache.errors import RunError
-from kdcache.imaging import IGNORE
-from kdcache.train import step
+from kdcache.imaging import IGNORE, PADDING
+from kdcache.train import losses, step
 from kdcache.train.loader import Batch, read_batches
 from kdcache.train.loop import _steps
 from kdcache.train.parallel import Processes, joined
@@ -218,6 +218,27 @@ def test_a_step_waits_for_no_number_of_its_own(monkeypatch):
             taken = take_step(trainee, state, [batch, batch], CONFIG, 3.0, Processes())
         with pytest.raises(DataDependentOutputException):
             next(read([taken]))
+
+
+def test_feature_loss_at_some_positions_is_that_of_all_in_the_mean(cache):
+    """And multiplies those alone; each step draws others, from the seed of its place in the run."""
+    (batch,) = some_batches(cache.path)[:1]
+    (target,) = batch.features.values()
+    everywhere = target[0, 0].numel()
+    batch.mask[:, :, :16] = PADDING
+    state = new_state(target.shape[1])
+    projection = state.projection.eval()  # statistics of a batch would depend on its positions
+    _, feature = state.student(batch.image)
+    for loss in losses.FEATURE_LOSSES.values():
+        whole = loss(projection(feature), target, batch.mask)
+        parts = torch.randperm(everywhere).split(everywhere // 4)
+        some = [loss(projection(losses.at(feature, p)), target, batch.mask, None, p) for p in parts]
+        assert torch.stack(some).mean().item() == pytest.approx(whole.item(), rel=1e-5)
+    shapes = []
+    state.projection.register_forward_hook(lambda module, given, made: shapes.append(made.shape))
+    for number in (10, everywhere, 10**6):
+        trained(state, [batch], CONFIG.model_copy(update={"feature_positions": number}))
+    assert [shape[2] * shape[3] for shape in shapes] == [10, everywhere, everywhere]
 
 
 def test_student_and_projection_are_clipped_apart(cache):
