@@ -33,7 +33,7 @@ from kdcache.train.run_folder import State, read_best_student, read_config
 from kdcache.train.step import Trainee, build_optimizer, half_dtype, read, take_step
 from kdcache.train.student import Projection, build_student, resolve_device
 
-_ROWS = 64  # that a round reads, some of them more than once in a small cache
+_ROWS = 256  # that a round reads; those of a small cache more than once
 _ROUNDS = 5
 _LATENCIES = 5
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import multiprocessing
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -139,3 +141,14 @@ def test_a_damaged_row_stops_the_epoch_by_name(cache, tmp_path):
     (tmp_path / "c/mask/c.0.0.0").write_bytes(b"")
     with pytest.raises(CacheError, match="mask/c.0.0.0"):
         ids(Cache(tmp_path / "c"))
+
+
+def test_the_page_for_other_trainers_runs_as_it_stands(cache, tmp_path, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs/own_trainer.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "coco.zarr").symlink_to(cache.path)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(code, names)
+    assert torch.isfinite(names["distilled"] + names["feature"])
+    assert names["feature"].requires_grad
