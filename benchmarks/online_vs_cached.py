@@ -56,8 +56,7 @@ from kdcache.precompute.yolo import Yolo
 from kdcache.standins import TAP, _save, _tensor, save_scenes
 from kdcache.train import Batch, batches
 from kdcache.train.parallel import Processes
-from kdcache.train.run_folder import State
-from kdcache.train.step import Trainee, build_optimizer, take_step
+from kdcache.train.step import Trainee, take_step, untrained_state
 from kdcache.train.student import Projection, _unet, build_student, normalised
 
 DETECTOR, TEACHER = "detector.onnx", "teacher.ckpt"
@@ -219,12 +218,7 @@ def measure(
     student = build_student(config.student_encoder, "random")
     channels = cache.tap(TAP).shape[0]
     projection = Projection(student.tap_channels, config.projection_hidden_dim, channels)
-    state = State(
-        student=student,
-        projection=projection,
-        optimizer=build_optimizer(student, projection, config),
-        scaler=torch.amp.GradScaler("cpu", enabled=False),
-    )
+    state = untrained_state(student, projection, config, "cpu")
     model = Trainee(student, projection).train()
 
     def step(batch: Batch) -> None:

@@ -30,7 +30,7 @@ from kdcache.train.loader import (
 )
 from kdcache.train.parallel import Processes
 from kdcache.train.run_folder import State, read_best_student, read_config
-from kdcache.train.step import Trainee, build_optimizer, half_dtype, read, take_step
+from kdcache.train.step import Trainee, read, take_step, untrained_state
 from kdcache.train.student import Projection, build_student, resolve_device
 
 _ROWS = 256  # that a round reads; those of a small cache more than once
@@ -242,10 +242,7 @@ def _random_state(cache: Cache, config: TrainConfig, device: str) -> State:
         channels = cache.manifest.taps[0].shape[0]
         projection = Projection(student.tap_channels, config.projection_hidden_dim, channels)
         projection.to(device)
-    half = half_dtype(config, torch.device(device))
-    scaler = torch.amp.GradScaler(torch.device(device).type, enabled=half == torch.float16)
-    optimizer = build_optimizer(student, projection, config)
-    return State(student=student, projection=projection, optimizer=optimizer, scaler=scaler)
+    return untrained_state(student, projection, config, device)
 
 
 def _student(run: Path, device: str) -> Size:

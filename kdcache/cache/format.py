@@ -252,10 +252,12 @@ class Remarks:
     skipped: Mapping[str, str] = field(default_factory=dict)  # sample id or file to reason
     left_out: Mapping[str, int] = field(default_factory=dict)  # reason to number
     changed: Mapping[str, str] = field(default_factory=dict)  # sample id to what its files are now
-    doubtful: Mapping[str, str] = field(
-        default_factory=dict
-    )  # sample id to why its mask may not fit
+    # sample id to why its mask may not fit
+    doubtful: Mapping[str, str] = field(default_factory=dict)
     gone: Sequence[str] = ()  # ids of rows that the dataset does not have
+
+
+_LAST = ""  # the key of what an earlier kdcache said of its last dataset, whichever that was
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,7 +272,8 @@ class AllRemarks:
         """The same, but for what was said of that dataset before; doubts are of rows, which stay."""
         before = self.datasets.get(key, Remarks())
         remarks = dataclasses.replace(remarks, doubtful={**before.doubtful, **remarks.doubtful})
-        return dataclasses.replace(self, datasets={**self.datasets, key: remarks})
+        others = {name: said for name, said in self.datasets.items() if name not in (key, _LAST)}
+        return dataclasses.replace(self, datasets={**others, key: remarks})
 
     @property
     def together(self) -> Remarks:
@@ -296,8 +299,9 @@ def read_remarks(cache: Path) -> AllRemarks:
     if not path.is_file():
         raise CacheError(f"{path} was deleted; the next `kdcache extract` writes it again")
     record = _read_signed(path, SKIPPED)
-    # an earlier kdcache knew one dataset, and of the first one the skipped images only
-    datasets = record.get("datasets", {"": {"skipped": record.get("images", {})}})
+    # an earlier kdcache knew the last dataset only, and at first its skipped images only
+    last = {name: record.get(name, {}) for name in ("left_out", "changed")}
+    datasets = record.get("datasets", {_LAST: {"skipped": record.get("images", {}), **last}})
     return AllRemarks(
         datasets={key: Remarks(**remarks) for key, remarks in datasets.items()},
         in_train_and_val=[(train, val) for train, val in record.get("in_train_and_val", ())],

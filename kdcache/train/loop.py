@@ -49,11 +49,10 @@ from kdcache.train.run_folder import (
 from kdcache.train.step import (
     Taken,
     Trainee,
-    build_optimizer,
-    half_dtype,
     read,
     set_learning_rate,
     take_step,
+    untrained_state,
 )
 from kdcache.train.student import TAP_STRIDE, Projection, Student, build_student, resolve_device
 
@@ -456,17 +455,7 @@ def _build(run: _Run, encoder_weights: str) -> State:
     projection = None
     if run.tap is not None:
         projection = _build_projection(run, student, run.tap).to(device)
-    half = half_dtype(config, torch.device(device))
-    # bfloat16 has float32's range and needs no loss scaling
-    scaler = torch.amp.GradScaler(torch.device(device).type, enabled=half == torch.float16)
-    optimizer = build_optimizer(student, projection, config)
-    return State(
-        student=student,
-        projection=projection,
-        optimizer=optimizer,
-        scaler=scaler,
-        processes=run.processes.count,
-    )
+    return untrained_state(student, projection, config, device, run.processes.count)
 
 
 def _build_projection(run: _Run, student: Student, tap: TapSpec) -> Projection:

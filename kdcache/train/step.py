@@ -54,6 +54,26 @@ def build_optimizer(
     )
 
 
+def untrained_state(
+    student: Student,
+    projection: Projection | None,
+    config: TrainConfig,
+    device: str,
+    processes: int = 1,
+) -> State:
+    """The state of a run before its first step, of networks that are on `device`."""
+    place = torch.device(device)
+    # bfloat16 has float32's range and needs no loss scaling
+    scaled = half_dtype(config, place) == torch.float16
+    return State(
+        student=student,
+        projection=projection,
+        optimizer=build_optimizer(student, projection, config),
+        scaler=torch.amp.GradScaler(place.type, enabled=scaled),
+        processes=processes,
+    )
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
     """Give every group its share of the scheduled learning rate."""
     for group in optimizer.param_groups:

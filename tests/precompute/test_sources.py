@@ -13,7 +13,14 @@ from conftest import Standins
 from PIL import Image
 
 from kdcache import durable
-from kdcache.cache.format import SKIPPED, RowKey, describe_row, read_remarks, signed_document
+from kdcache.cache.format import (
+    SKIPPED,
+    Remarks,
+    RowKey,
+    describe_row,
+    read_remarks,
+    signed_document,
+)
 from kdcache.cache.info import describe
 from kdcache.cache.reader import Cache
 from kdcache.cli import main
@@ -188,13 +195,23 @@ def test_the_command_tells_all_of_it_and_exits_with_3(standins, scenes):
 def test_a_cache_of_an_earlier_kdcache_is_described_and_not_appended_to(
     standins, scenes, monkeypatch
 ):
-    """Its rows held fewer digests, its remarks the skipped images only."""
+    """Its rows held fewer digests, its remarks those on one dataset."""
     with monkeypatch.context() as earlier:
         earlier.setattr(
             "kdcache.precompute.job.describe_row", lambda key, details: describe_row(key, {})
         )
         run(standins, scenes)
-    old = signed_document(SKIPPED, {"images": {"a.jpg": "cannot be decoded"}})
+    images = {"a.jpg": "cannot be decoded"}
+    later = {"left_out": {"no person": 2}, "changed": {"b.jpg": "other bytes"}}
+    (scenes / "c/skipped/zarr.json").write_bytes(
+        signed_document(SKIPPED, {"images": images, **later, "in_train_and_val": [["t", "v"]]})
+    )
+    found = describe(Cache(scenes / "c"))
+    assert {name: found[name] for name in later} == later
+    assert (found["skipped"], found["in_train_and_val"]) == (images, [("t", "v")])
+    replaced = read_remarks(scenes / "c").with_one("photos", Remarks())
+    assert replaced.together == Remarks(gone=[])
+    old = signed_document(SKIPPED, {"images": images})
     (scenes / "c/skipped/zarr.json").write_bytes(old)
     assert describe(Cache(scenes / "c"))["skipped"] == {"a.jpg": "cannot be decoded"}
     with pytest.raises(CacheError, match="an earlier kdcache made it; nothing can be appended"):
