@@ -47,6 +47,7 @@ from kdcache.cache.info import describe
 from kdcache.cache.reader import Cache
 from kdcache.config import ExtractConfig, TrainConfig, validated
 from kdcache.errors import KdcacheError
+from kdcache.pixels import normalised
 from kdcache.precompute.dataset import Sample, folder_dataset
 from kdcache.precompute.extract import extract
 from kdcache.precompute.job import open_teacher, open_yolo
@@ -57,7 +58,7 @@ from kdcache.standins import TAP, _save, _tensor, save_scenes
 from kdcache.train import Batch, batches
 from kdcache.train.parallel import Processes
 from kdcache.train.step import Trainee, take_step, untrained_state
-from kdcache.train.student import Projection, _unet, build_student, normalised
+from kdcache.train.student import Projection, _unet, build_student
 
 DETECTOR, TEACHER = "detector.onnx", "teacher.ckpt"
 SCENE_SIZE_PX = (480, 640)  # (height, width): COCO's usual, unlike the input, so it is resized

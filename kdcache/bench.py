@@ -30,7 +30,7 @@ from kdcache.train.loader import (
 )
 from kdcache.train.parallel import Processes
 from kdcache.train.run_folder import State, read_best_student, read_config
-from kdcache.train.step import Trainee, read, take_step, untrained_state
+from kdcache.train.step import read, take_step, trained_model, untrained_state
 from kdcache.train.student import Projection, build_student, resolve_device
 
 _ROWS = 256  # that a round reads; those of a small cache more than once
@@ -216,7 +216,7 @@ def _step_pace(
     taps = cache.taps[:1] if config.feature_weight else []
     logits = bool(config.kl_weight or config.mse_weight)
     state = _random_state(cache, config, device)
-    model = Trainee(state.student, state.projection).train()
+    model = trained_model(state, config, Processes()).train()
     source = read_batches(cache, groups, device, taps, workers, logits=logits)
     waited, images, started = 0.0, 0, 0.0
     for number in range(len(groups)):

@@ -145,6 +145,9 @@ class TrainConfig(_Settings):
     half_precision: Literal["auto", "bfloat16", "float16"] = Field(
         "auto", description="of mixed_precision; auto is bfloat16 where the device has it"
     )
+    compile: bool = Field(
+        False, description="torch.compile the networks: needs a C++ compiler, on a GPU Triton"
+    )
     deterministic: bool = Field(
         False, description="only kernels that give the same bits every time, also on a GPU"
     )

@@ -235,11 +235,3 @@ def _wide_grey_to_rgb(values: NDArray[np.generic], mode: str) -> U8:
         )
     grey = np.rint(values.astype(np.float64) / 257).astype(np.uint8)
     return np.repeat(grey[..., None], 3, axis=2)
-
-
-def imagenet_normalised(images_NHWC: U8) -> F32:
-    """uint8 RGB pixels to the (N, 3, H, W) float32 input of the UNets."""
-    mean = np.asarray(IMAGENET_MEAN, np.float32)
-    std = np.asarray(IMAGENET_STD, np.float32)
-    scaled = (images_NHWC.astype(np.float32) / np.float32(255) - mean) / std
-    return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))

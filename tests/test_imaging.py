@@ -13,7 +13,6 @@ from PIL.PngImagePlugin import PngInfo
 
 from kdcache import imaging
 from kdcache.errors import SampleError
-from kdcache.train.student import normalised
 
 
 def encoded(picture: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -119,13 +118,6 @@ def test_image_and_mask_resize_about_the_same_centres():
     place = imaging.place(90, 90, 64, "stretch")
     bright = imaging.resize_image(pixels, place)[..., 0] > 127
     assert (bright != imaging.resize_mask(mask, place)).mean() < 0.01
-
-
-def test_numpy_and_torch_normalise_alike():
-    images = random_pixels(6, 5)[None]
-    ours = imaging.imagenet_normalised(images)
-    assert ours.shape == (1, 3, 6, 5)
-    assert np.allclose(ours, normalised(torch.from_numpy(images)).numpy(), atol=1e-6)
 
 
 def test_damaged_exif_is_a_reason_not_a_crash():

@@ -23,6 +23,7 @@ FOUNDATION = {
     "errors",
     "config",
     "imaging",
+    "pixels",
     "durable",
     "drawing",
     "stop",

@@ -17,12 +17,14 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
+from kdcache import pixels
 from kdcache.cache import codecs
 from kdcache.config import YoloInput
 from kdcache.drawing import lit, masked, save, sheet
 from kdcache.errors import ModelError
-from kdcache.imaging import BACKGROUND, IGNORE, PADDING, PERSON, U8, imagenet_normalised
+from kdcache.imaging import BACKGROUND, IGNORE, PADDING, PERSON, U8
 from kdcache.precompute.sources import Prepared
 from kdcache.precompute.teacher import Teacher
 from kdcache.precompute.yolo import Yolo
@@ -47,15 +49,11 @@ _RIDGE = 1e-3  # a thousandth of a unit variance: keeps the fit defined where ch
 _PROBED_SIDE = 40  # grid positions a side that the linear map is fitted on
 
 
-def _planes(images_NHWC: U8) -> F32:
-    return np.ascontiguousarray(images_NHWC.transpose(0, 3, 1, 2)).astype(np.float32)
-
-
-OTHER_TEACHER_INPUTS: dict[str, Callable[[U8], F32]] = {
-    "ImageNet-normalised BGR": lambda images: imagenet_normalised(images[..., ::-1]),
-    "RGB in 0 to 1": lambda images: _planes(images) / np.float32(255),
-    "RGB in 0 to 255": _planes,
-    "RGB in -1 to 1": lambda images: _planes(images) / np.float32(127.5) - 1,
+OTHER_TEACHER_INPUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "ImageNet-normalised BGR": lambda images: pixels.normalised(pixels.swapped(images)),
+    "RGB in 0 to 1": pixels.scaled,
+    "RGB in 0 to 255": pixels.planes,
+    "RGB in -1 to 1": lambda images: pixels.scaled(images, 127.5) - 1,
 }
 
 
@@ -237,7 +235,7 @@ def _scored(one: Seen, yolo: Yolo | None, teacher: Teacher | None) -> _Scored:
     if teacher is not None and one.logits is not None and (mask == PERSON).any():
         agreement[TEACHER_GETS] = _miou(one.logits, mask)
         for name, form in OTHER_TEACHER_INPUTS.items():
-            agreement[name] = _miou(teacher.run(form(image[None]))[0], mask)
+            agreement[name] = _miou(teacher.logits_of(image[None], form)[0], mask)
     if yolo is None:
         return _Scored(agreement, {}, np.zeros(0))
     _, height, _ = yolo.feature_shape

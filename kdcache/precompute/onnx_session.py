@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,12 +16,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from onnx import load_model_from_string
+from torch import Tensor
 
 import onnxruntime  # isort: skip
 
 from kdcache.errors import DeviceMemoryError, ModelError, ProviderError, device_memory
 
-F32 = NDArray[np.float32]
 Device = Literal["auto", "cpu", "cuda", "tensorrt"]
 
 _PROVIDERS = {
@@ -32,6 +35,7 @@ _CUDA_OPTIONS = {
     "arena_extend_strategy": "kSameAsRequested",
     "use_tf32": "0",
 }
+_TF32_VARIABLE = "NVIDIA_TF32_OVERRIDE"
 
 
 def resolve_device(device: Device) -> str:
@@ -39,6 +43,11 @@ def resolve_device(device: Device) -> str:
     if device != "auto":
         return device
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def torch_device(device: str) -> str:
+    """Where torch keeps what a model on `device` takes and gives."""
+    return "cpu" if device == "cpu" else "cuda"
 
 
 class OnnxNetwork:
@@ -51,7 +60,9 @@ class OnnxNetwork:
 
     def __init__(self, model: bytes, path: Path, device: str, size_px: int) -> None:
         self._path = path
-        self._torch_device = "cpu" if device == "cpu" else "cuda"
+        self.device = torch_device(device)
+        self._through_host = self.device == "cpu"
+        self._shape: torch.Size | None = None  # of an image's output, once one was computed
         self._session = _open_session(model, path, device)
         inputs = self._session.get_inputs()
         if len(inputs) != 1:
@@ -63,63 +74,69 @@ class OnnxNetwork:
             not isinstance(found, int) or found == wanted
             for found, wanted in zip(shape[1:], (3, size_px, size_px), strict=True)
         )
-        if kind not in _INPUT_DTYPES or not sizes_fit:
+        if kind not in _DTYPES or not sizes_fit:
             raise ModelError(
                 f"{path}: expected a float32 or float16 input (N, 3, {size_px}, {size_px}), "
                 f"{self._input.name} is {kind} {shape}; set --size to what the model takes"
             )
-        self._dtype = _INPUT_DTYPES[kind]
+        self._dtype = _DTYPES[kind]
         self._fixed_batch = shape[0] if isinstance(shape[0], int) else None
 
-    def __call__(self, inputs_NCHW: F32) -> F32:
-        """The first output for (N, 3, H, W) inputs, as float32 in host memory."""
-        parts = [
-            np.asarray(self._run(part)[0], np.float32)[:count]
-            for part, count in self._fixed_batches(inputs_NCHW)
-        ]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+    def __call__(self, inputs_NCHW: Tensor) -> Tensor:
+        """The first output for (N, 3, H, W) inputs on `device`, as float32 there."""
+        outputs = [self._outputs(part)[:count] for part, count in self._fixed_batches(inputs_NCHW)]
+        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).float()
 
-    def output_shapes(self, inputs_NCHW: F32) -> list[tuple[int, ...]]:
+    def output_shapes(self, inputs_NCHW: Tensor) -> list[tuple[int, ...]]:
         """Shapes of all outputs, in the graph's order."""
         part, _ = next(self._fixed_batches(inputs_NCHW))
         return [output.shape for output in self._run(part)]
 
-    def on_device(self, inputs_NCHW: F32, shape: tuple[int, ...]) -> torch.Tensor:
-        """The first output, (N, *shape) float32, where it was computed: no way through the host."""
-        (dtype,) = (_OUTPUT_DTYPES[output.type] for output in self._session.get_outputs()[:1])
-        parts = []
-        for part, count in self._fixed_batches(inputs_NCHW):
-            result = torch.empty((len(part), *shape), dtype=dtype, device=self._torch_device)
-            binding = self._session.io_binding()
-            binding.bind_cpu_input(self._input.name, np.ascontiguousarray(part))
-            binding.bind_output(
-                self._session.get_outputs()[0].name,
-                self._torch_device,
-                0,
-                _NUMPY_DTYPES[dtype],
-                tuple(result.shape),
-                result.data_ptr(),
-            )
-            with self._errors():
-                self._session.run_with_iobinding(binding)
-            parts.append(result[:count].float())
-        return torch.cat(parts)
+    def _outputs(self, part: Tensor) -> Tensor:
+        """The first output of what the graph takes at once."""
+        if self._shape is None or self._through_host:
+            outputs = torch.from_numpy(self._run(part)[0]).to(self.device)
+            self._shape = outputs.shape[1:]
+            return outputs
+        return self._bound(part, self._shape)
 
-    def _fixed_batches(self, inputs_NCHW: F32) -> Iterator[tuple[NDArray[np.floating[Any]], int]]:
+    def _bound(self, part: Tensor, shape: torch.Size) -> Tensor:
+        """The first output, read from and written to torch's memory: no way through the host."""
+        (output, *_) = self._session.get_outputs()
+        dtype = _DTYPES[output.type]
+        result = torch.empty((len(part), *shape), dtype=dtype, device=self.device)
+        binding = self._session.io_binding()
+        for bind, name, tensor in (
+            (binding.bind_input, self._input.name, part),
+            (binding.bind_output, output.name, result),
+        ):
+            element = _NUMPY_DTYPES[tensor.dtype]
+            bind(name, self.device, 0, element, tuple(tensor.shape), tensor.data_ptr())
+        if part.is_cuda:  # ONNX Runtime has a stream of its own, and must not begin before torch's
+            torch.cuda.current_stream().synchronize()
+        with self._errors():
+            self._session.run_with_iobinding(binding)
+        return result
+
+    def _fixed_batches(self, inputs_NCHW: Tensor) -> Iterator[tuple[Tensor, int]]:
         """The inputs in the batches the graph takes, each with the count of its real images.
 
         With a fixed batch the last, smaller part is padded with its own last image.
         """
-        inputs = inputs_NCHW.astype(self._dtype, copy=False)
+        inputs = inputs_NCHW.to(self._dtype).contiguous()
         size = self._fixed_batch or len(inputs)
         for start in range(0, len(inputs), size):
             part = inputs[start : start + size]
-            padding = np.repeat(part[-1:], size - len(part), axis=0)
-            yield (np.concatenate([part, padding]) if len(padding) else part), len(part)
+            missing = size - len(part)
+            padding = part[-1:].expand(missing, -1, -1, -1)
+            yield (torch.cat([part, padding]) if missing else part), len(part)
 
-    def _run(self, inputs: NDArray[np.floating[Any]]) -> list[NDArray[np.generic]]:
+    def _run(self, inputs: Tensor) -> list[NDArray[np.generic]]:
+        """All outputs, in host memory."""
         with self._errors():
-            outputs: list[NDArray[np.generic]] = self._session.run(None, {self._input.name: inputs})
+            outputs: list[NDArray[np.generic]] = self._session.run(
+                None, {self._input.name: inputs.cpu().numpy()}
+            )
         return outputs
 
     @contextmanager
@@ -133,11 +150,7 @@ class OnnxNetwork:
             raise ModelError(f"{self._path}: ONNX Runtime cannot run it: {error}") from error
 
 
-_INPUT_DTYPES: dict[str, type[np.floating[Any]]] = {
-    "tensor(float)": np.float32,
-    "tensor(float16)": np.float16,
-}
-_OUTPUT_DTYPES = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16}
+_DTYPES = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16}
 _NUMPY_DTYPES = {torch.float32: np.float32, torch.float16: np.float16}
 
 
@@ -151,9 +164,8 @@ def _open_session(model: bytes, path: Path, device: str) -> Any:
         )
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    provider = (wanted, _CUDA_OPTIONS) if device == "cuda" else wanted
     try:
-        session = onnxruntime.InferenceSession(model, options, providers=[provider])
+        session = onnxruntime.InferenceSession(model, options, providers=_providers(model, device))
     except Exception as error:  # ONNX Runtime's exceptions share no base
         why = " ".join(str(error).split())
         raise ModelError(f"{path}: ONNX Runtime cannot load it: {why}; {_told(model)}") from error
@@ -165,6 +177,47 @@ def _open_session(model: bytes, path: Path, device: str) -> Any:
             "torch, both must be built for one CUDA version), or use --device cpu"
         )
     return session
+
+
+def _providers(model: bytes, device: str) -> list[tuple[str, dict[str, str]]]:
+    """What ONNX Runtime is asked for, the wanted provider first."""
+    if device == "cpu":
+        return [(_PROVIDERS[device], {})]
+    cuda = (_PROVIDERS["cuda"], _CUDA_OPTIONS)
+    if device == "cuda":
+        return [cuda]
+    # ONNX Runtime has no option for TensorRT's TF32, which is on (microsoft/onnxruntime#26029)
+    os.environ.setdefault(_TF32_VARIABLE, "0")
+    folder = engine_folder(model)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensorrt = {
+        "trt_engine_cache_enable": "1",
+        "trt_engine_cache_path": str(folder),
+        "trt_timing_cache_enable": "1",
+        "trt_timing_cache_path": str(folder),
+    }
+    # nodes that TensorRT does not know run on CUDA
+    return [(_PROVIDERS["tensorrt"], tensorrt), cuda]
+
+
+def engine_folder(model: bytes) -> Path:
+    """Where TensorRT keeps the engines that it builds of a graph, for minutes, on the first run.
+
+    Of this graph, GPU, and versions only: an engine of others is refused by TensorRT, or worse, not.
+    """
+    made_of = [hashlib.sha256(model).hexdigest(), onnxruntime.__version__]
+    made_of += [torch.cuda.get_device_name(), _version("tensorrt"), os.environ[_TF32_VARIABLE]]
+    name = hashlib.sha256("\n".join(made_of).encode()).hexdigest()[:16]
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return root / "kdcache" / "tensorrt" / name
+
+
+def _version(package: str) -> str:
+    """Of TensorRT as a Python package; where it was installed otherwise, nothing."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
 
 
 def _told(model: bytes) -> str:

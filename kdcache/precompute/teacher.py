@@ -18,11 +18,13 @@ import torch
 from numpy.typing import NDArray
 from onnx import ModelProto
 from safetensors.torch import load_file
+from torch import Tensor
 
 from kdcache.errors import ModelError, device_memory
-from kdcache.imaging import U8, imagenet_normalised
+from kdcache.imaging import U8
+from kdcache.pixels import normalised, on_device
 from kdcache.precompute.onnx_graph import last_activation, model_sha256, pruned, read_model
-from kdcache.precompute.onnx_session import OnnxNetwork
+from kdcache.precompute.onnx_session import OnnxNetwork, torch_device
 
 log = logging.getLogger(__name__)
 F32 = NDArray[np.float32]
@@ -48,7 +50,7 @@ class Teacher:
         self, path: Path, *, encoder: str, device: str, size_px: int, output: str = ""
     ) -> None:
         self.sha256 = model_sha256(path)
-        self._network: Callable[[F32], F32]
+        self._network: OnnxNetwork | _TorchNetwork
         if path.suffix == ".onnx":
             self.network = _ONNX_AT + output if output else _ONNX
             graph = _logits_graph(path, output)
@@ -61,21 +63,24 @@ class Teacher:
             network = load_checkpoint(path, encoder)
             self.parameters = sum(p.numel() for p in network.parameters())
             self._network = _TorchNetwork(network, device)
-        trial = self._network(imagenet_normalised(np.zeros((1, size_px, size_px, 3), np.uint8)))
+        black = np.zeros((1, size_px, size_px, 3), np.uint8)
+        trial = self._network(normalised(on_device(black, self._network.device)))
         if trial.shape != (1, 1, size_px, size_px):
             raise ModelError(
-                f"{path}: the teacher gives {trial.shape} for one image; "
+                f"{path}: the teacher gives {tuple(trial.shape)} for one image; "
                 f"expected one logit a pixel, (1, 1, {size_px}, {size_px}): is this file the teacher? "
                 "Another tensor of an ONNX graph is chosen with --set teacher_output=NAME"
             )
 
     def logits(self, images_NHWC: U8) -> F32:
         """One logit a pixel, (N, H, W)."""
-        return self.run(imagenet_normalised(images_NHWC))
+        return self.logits_of(images_NHWC, normalised)
 
-    def run(self, inputs_NCHW: F32) -> F32:
-        """One logit a pixel, (N, H, W), of what the network is to be given."""
-        return self._network(inputs_NCHW)[:, 0]
+    def logits_of(self, images_NHWC: U8, form: Callable[[Tensor], Tensor]) -> F32:
+        """The same where the network is given another form of the pixels than it expects."""
+        inputs = form(on_device(images_NHWC, self._network.device))
+        logits: F32 = self._network(inputs)[:, 0].cpu().numpy()
+        return logits
 
 
 def network_settings(network: str) -> dict[str, str]:
@@ -102,14 +107,14 @@ def _logits_graph(path: Path, output: str) -> ModelProto:
 
 class _TorchNetwork:
     def __init__(self, network: torch.nn.Module, device: str) -> None:
-        self._device = "cpu" if device == "cpu" else "cuda"
-        self._network = network.eval().requires_grad_(False).to(self._device)
+        self.device = torch_device(device)
+        self._network = network.eval().requires_grad_(False).to(self.device)
 
     @torch.inference_mode()
-    def __call__(self, inputs_NCHW: F32) -> F32:
+    def __call__(self, inputs_NCHW: Tensor) -> Tensor:
         with device_memory("running the teacher", "lower --batch-size or --size"):
-            outputs: torch.Tensor = self._network(torch.from_numpy(inputs_NCHW).to(self._device))
-            return outputs.float().cpu().numpy()
+            outputs: Tensor = self._network(inputs_NCHW)
+            return outputs.float()
 
 
 def load_checkpoint(path: Path, encoder: str) -> torch.nn.Module:

@@ -15,6 +15,7 @@ from kdcache.cache.layout import Group, TapSpec, whole
 from kdcache.config import YoloInput
 from kdcache.errors import ModelError, SampleError
 from kdcache.imaging import U8
+from kdcache.pixels import on_device, yolo_input
 from kdcache.precompute.onnx_graph import model_sha256, pruned, read_model
 from kdcache.precompute.onnx_session import OnnxNetwork
 from kdcache.precompute.replication import channel_groups, channel_parts
@@ -36,29 +37,29 @@ class Yolo:
     ) -> None:
         self.sha256 = model_sha256(path)
         self.expects = expects
-        self._on_host = device == "cpu"
         model = read_model(path)
         cut = pruned(model, [tap], path).SerializeToString()
         self._network = OnnxNetwork(cut, path, device, size_px)
         # Noise: features of a plain colour would repeat whatever the graph does.
         pixels = np.random.default_rng(0).integers(0, 256, (1, size_px, size_px, 3), np.uint8)
-        noise = yolo_input(pixels, expects)
-        features = self._network(noise)
+        features = codecs.on_host(self.features(pixels))
         self.feature_shape = _checked_shape(features.shape, path, tap, size_px)
-        self.groups = self._groups(model, path, tap, noise, features[0])
+        self.groups = self._groups(model, path, tap, pixels, features[0])
 
     def features(self, images_NHWC: U8, given_as: YoloInput | None = None) -> F32 | Tensor:
         """The tap's feature maps where they were computed: numpy on the CPU, torch on a GPU.
 
         `given_as` gives the detector another form of the pixels than it expects.
         """
-        inputs = yolo_input(images_NHWC, given_as or self.expects)
-        if self._on_host:
-            return self._network(inputs)
-        return self._network.on_device(inputs, self.feature_shape)
+        pixels = on_device(images_NHWC, self._network.device)
+        features = self._network(yolo_input(pixels, given_as or self.expects))
+        if features.is_cuda:
+            return features
+        on_host: F32 = features.numpy()
+        return on_host
 
     def _groups(
-        self, model: ModelProto, path: Path, tap: str, noise: F32, features_CHW: F32
+        self, model: ModelProto, path: Path, tap: str, pixels: U8, features_CHW: F32
     ) -> tuple[Group, ...]:
         """The channels that the graph says repeat, if the features of the noise agree."""
         channels = self.feature_shape[0]
@@ -69,7 +70,8 @@ class Yolo:
             return whole(channels)
         # On the CPU, once: few graphs state how many channels each part has.
         cut = pruned(model, names, path).SerializeToString()
-        shapes = OnnxNetwork(cut, path, "cpu", noise.shape[2]).output_shapes(noise)
+        network = OnnxNetwork(cut, path, "cpu", pixels.shape[1])
+        shapes = network.output_shapes(yolo_input(on_device(pixels, "cpu"), self.expects))
         groups = channel_groups(parts, dict(zip(names, shapes, strict=True)), self.feature_shape)
         spec = TapSpec(name=tap, precision="float32", shape=self.feature_shape, groups=groups)
         try:
@@ -93,10 +95,3 @@ def _checked_shape(
             "tap): choose another --tap or --size"
         )
     return channels, height, width
-
-
-def yolo_input(images_NHWC: U8, expects: YoloInput) -> F32:
-    """uint8 RGB pixels as the (N, 3, H, W) float32 input a detector expects."""
-    pixels = images_NHWC[..., ::-1] if expects.startswith("bgr") else images_NHWC
-    planes = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)).astype(np.float32)
-    return planes / np.float32(255) if expects.endswith("01") else planes

@@ -17,7 +17,7 @@ from kdcache.cache import codecs
 from kdcache.cache.format import RowKey
 from kdcache.cache.layout import IMAGE, LOGITS, MASK, TapSpec
 from kdcache.cache.reader import Cache, Reading
-from kdcache.train.student import normalised
+from kdcache.pixels import normalised
 
 T = TypeVar("T")
 

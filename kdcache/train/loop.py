@@ -16,12 +16,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from kdcache.cache.layout import TapSpec
 from kdcache.cache.reader import Cache
 from kdcache.config import TrainConfig
 from kdcache.drawing import save
 from kdcache.errors import RunError, device_memory
-from kdcache.imaging import BACKGROUND, PERSON
 from kdcache.stop import StopRequest
 from kdcache.tables import megabytes
 from kdcache.train import schedule
@@ -31,7 +29,7 @@ from kdcache.train.evaluate import score
 from kdcache.train.loader import Batch, Tally, chunked, read_batches, shuffled
 from kdcache.train.overlay import overlay, shown_rows
 from kdcache.train.parallel import Processes, joined
-from kdcache.train.reach import find_reach, reach_text, reaches_student
+from kdcache.train.prepare import Run, build, check_processes, check_splits, find_target, say_reach
 from kdcache.train.repeatable import only_deterministic, seed
 from kdcache.train.run_folder import (
     State,
@@ -48,30 +46,24 @@ from kdcache.train.run_folder import (
 )
 from kdcache.train.step import (
     Taken,
-    Trainee,
+    check_compiler,
     read,
     set_learning_rate,
     take_step,
-    untrained_state,
+    trained_model,
 )
-from kdcache.train.student import TAP_STRIDE, Projection, Student, build_student, resolve_device
+from kdcache.train.student import resolve_device
 
 log = logging.getLogger(__name__)
 
 # How much of an epoch a crash may cost, beside what signals save.
 _SAVE_EVERY_S = 300.0
 
-# Rows that are looked through for a label before the table of what each loss reaches.
-_PROBED_ROWS = 256
-
 # Steps after which the host reads the numbers of those it queued; on the CPU after each.
 _READ_EVERY = 16
 
 # Of an epoch of so many steps or more, the share of waiting from which on it is worth a word.
 _JUDGED_STEPS, _DATA_WAIT = 10, 0.02
-
-# Rows that the mean and deviation of the feature target are taken from.
-_STANDARDISE_ROWS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,8 +107,8 @@ def train(
             raise RunError(f"--out {out} is inside the cache {cache_path}; choose another")
         if processes.leads:
             stack.enter_context(claimed(out))
-        tap = _target(cache, config)
-        run = _Run(
+        tap = find_target(cache, config)
+        run = Run(
             out=out,
             cache=cache,
             config=config,
@@ -128,17 +120,19 @@ def train(
             val_rows=cache.rows_of("val"),
             progress=progress and processes.leads,
         )
-        _check_splits(run)
+        check_splits(run)
+        if config.compile:
+            check_compiler(on)
         with device_memory("building the student", "lower projection_hidden_dim"):
             # weights that are about to be replaced need not be there any more
-            state = _build(run, "random" if resume or init_from else config.encoder_weights)
+            state = build(run, "random" if resume or init_from else config.encoder_weights)
         if resume:
             restore(out, state)
-            _check_processes(run, state)
+            check_processes(run, state)
         else:
             if init_from is not None:
                 start_from(init_from, state)
-            _say_reach(run, state)
+            say_reach(run, state)
         processes.wait()  # nobody looks for a run any more
         if processes.leads:
             if resume:
@@ -158,37 +152,9 @@ def train(
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Run:
-    """What does not change while a process trains."""
-
-    out: Path
-    cache: Cache
-    config: TrainConfig
-    tap: TapSpec | None
-    device: str
-    processes: Processes
-    stop: StopRequest
-    train_rows: Sequence[int]
-    val_rows: Sequence[int]
-    progress: bool
-
-    @property
-    def taps(self) -> list[str]:
-        return [self.tap.name] if self.tap else []
-
-    @property
-    def uses_logits(self) -> bool:
-        """Nothing is read that no loss is of."""
-        return bool(self.config.kl_weight or self.config.mse_weight)
-
-    def picture(self, epoch: int) -> Path:
-        return self.out / "visualizations" / f"epoch_{epoch:03d}.jpg"
-
-
-def _train_epochs(run: _Run, state: State) -> None:
+def _train_epochs(run: Run, state: State) -> None:
     """From where `state` is to the last epoch; every epoch ends on disk."""
-    config, model = run.config, run.processes.wrap(Trainee(state.student, state.projection))
+    config, model = run.config, trained_model(state, run.config, run.processes)
     shown = shown_rows(run.val_rows or run.train_rows)
     with contextlib.ExitStack() as stack:
         if run.processes.leads:
@@ -222,7 +188,7 @@ def _train_epochs(run: _Run, state: State) -> None:
             run.processes.wait()
 
 
-def _train_epoch(run: _Run, model: nn.Module, state: State, epoch: int) -> dict[str, float]:
+def _train_epoch(run: Run, model: nn.Module, state: State, epoch: int) -> dict[str, float]:
     """The rest of an epoch, from the step that `state` is at; returns this process's pace."""
     config, processes = run.config, run.processes
     order = shuffled(run.train_rows, config.seed, epoch)
@@ -296,7 +262,7 @@ def _waited_words(tally: Tally, data_wait_s: float, seconds: float) -> str:
 
 
 def _take_step(
-    run: _Run, model: nn.Module, state: State, batches: list[Batch], epoch: int, steps: int
+    run: Run, model: nn.Module, state: State, batches: list[Batch], epoch: int, steps: int
 ) -> Taken:
     """One update, at the learning rate, temperature and random numbers of its place in the run."""
     config = run.config
@@ -312,7 +278,7 @@ def _take_step(
         return take_step(model, state, batches, config, temperature, run.processes)
 
 
-def _read(run: _Run, state: State, queued: Sequence[Taken], epoch: int) -> dict[str, float]:
+def _read(run: Run, state: State, queued: Sequence[Taken], epoch: int) -> dict[str, float]:
     """Add up what the queued steps measured; returns the last one's numbers."""
     first, numbers = state.steps - len(queued) + 1, itertools.count()
     values: dict[str, float] = {}
@@ -371,7 +337,7 @@ def _steps(
     return [chunked(rows, config.batch_size) for rows in own]
 
 
-def _validate(run: _Run, state: State, temperature: float) -> dict[str, Any]:
+def _validate(run: Run, state: State, temperature: float) -> dict[str, Any]:
     if not run.val_rows:
         return {}
     with device_memory("validating", "lower --batch-size"):
@@ -386,123 +352,6 @@ def _validate(run: _Run, state: State, temperature: float) -> dict[str, Any]:
             device=run.device,
         )
     return {f"val_{name}": value for name, value in scores.items()}
-
-
-def _check_splits(run: _Run) -> None:
-    path, processes = run.cache.path, run.processes.count
-    if len(run.train_rows) < processes:
-        raise RunError(
-            f"{path} has {len(run.train_rows)} rows of split 'train' for {processes} processes; "
-            "extract some (--split train is the default)"
-        )
-    if not run.val_rows:
-        log.warning(
-            "%s has no rows of split 'val': nothing is validated and the last epoch counts as the "
-            "best; extract with --val-fraction, or a second folder with --split val",
-            path,
-        )
-
-
-def _target(cache: Cache, config: TrainConfig) -> TapSpec | None:
-    """The tap that the projection aims at; without a feature loss no feature byte is read.
-
-    Raises RunError when the cache lacks what a loss is of.
-    """
-    if not cache.has_logits and (config.kl_weight or config.mse_weight):
-        raise RunError(
-            f"{cache.path} holds no teacher logits; train with --set kl_weight=0 --set mse_weight=0, "
-            "or extract them"
-        )
-    if config.feature_weight == 0:
-        return None
-    if not cache.manifest.taps:
-        raise RunError(
-            f"{cache.path} holds no features; train with --feature-weight 0, or extract them"
-        )
-    return cache.manifest.taps[0]
-
-
-def _check_processes(run: _Run, state: State) -> None:
-    """The rows of an epoch are dealt out by steps, and those by the number of processes."""
-    count = run.processes.count
-    if state.processes == count:
-        return
-    if state.steps:
-        raise RunError(
-            f"{run.out} was stopped in the middle of an epoch that {state.processes} processes shared, "
-            f"this is {count}: resume it with torchrun --nproc-per-node={state.processes}"
-        )
-    log.warning(
-        "%s was trained by %d processes, goes on with %d: a step has as many times %d rows now",
-        run.out,
-        state.processes,
-        count,
-        run.config.batch_size * run.config.gradient_accumulation,
-    )
-    state.processes = count
-
-
-def _build(run: _Run, encoder_weights: str) -> State:
-    """Student, projection and optimiser at their seeded start.
-
-    The projection is drawn after the student, so the feature weight does not move its start.
-    """
-    config, device = run.config, run.device
-    torch.manual_seed(config.seed)
-    student = build_student(
-        config.student_encoder, encoder_weights, config.student_tap, config.trained_levels
-    ).to(device)
-    projection = None
-    if run.tap is not None:
-        projection = _build_projection(run, student, run.tap).to(device)
-    return untrained_state(student, projection, config, device, run.processes.count)
-
-
-def _build_projection(run: _Run, student: Student, tap: TapSpec) -> Projection:
-    channels, height, width = tap.shape
-    grid = run.cache.manifest.size_px // TAP_STRIDE
-    if (height, width) != (grid, grid):
-        raise RunError(
-            f"tap {tap.name} is {channels}×{height}×{width} in this cache, the student's tap is "
-            f"{student.tap_channels}×{grid}×{grid} (stride {TAP_STRIDE}); extract a tap of that "
-            "grid, or train with --feature-weight 0"
-        )
-    projection = Projection(student.tap_channels, run.config.projection_hidden_dim, channels)
-    if run.config.standardise_features:
-        rows = shuffled(run.train_rows, run.config.seed, 0)[:_STANDARDISE_ROWS]
-        projection.standardise(run.cache.decode_features(row, tap) for row in rows)
-    return projection
-
-
-def _say_reach(run: _Run, state: State) -> None:
-    """Show what each loss can change, and warn where features are learned to be thrown away."""
-    if not run.processes.leads:
-        return
-    (batch,) = read_batches(
-        run.cache, [_probe_rows(run)], run.device, run.taps, logits=run.uses_logits
-    )
-    with device_memory("back-propagating the first batch", "lower --batch-size"):
-        reach = find_reach(Trainee(state.student, state.projection), batch, run.config)
-    log.info("%s", reach_text(reach, run.config))
-    if "feature" in reach and not reaches_student(reach, "feature"):
-        log.warning(
-            "feature_weight = %g, but the feature loss trains only the projection, which is not part "
-            "of the student: --set student_tap=decoder or --set train_encoder=last:3 let it reach it",
-            run.config.feature_weight,
-        )
-
-
-def _probe_rows(run: _Run) -> list[int]:
-    """The first batch; its last row is a labelled one from further on if it has none else.
-
-    Without a label BCE and Dice would seem to reach nothing.
-    """
-    order = shuffled(run.train_rows, run.config.seed, 0)
-    size = run.config.batch_size
-    for number, row in enumerate(order[:_PROBED_ROWS]):
-        if np.isin(run.cache[row].mask, (BACKGROUND, PERSON)).any():
-            return [*order[: min(size, len(order)) - 1], row] if number >= size else order[:size]
-    return order[:size]
 
 
 def _line(metrics: dict[str, Any]) -> str:

@@ -19,6 +19,8 @@ from kdcache.train.parallel import Processes
 from kdcache.train.run_folder import State
 from kdcache.train.student import Projection, Student, StudentOutput
 
+_COMPILER = "inductor"
+
 
 class Trainee(nn.Module):
     """Student and projection as one module: pixels to logits and the projected feature map."""
@@ -33,6 +35,30 @@ class Trainee(nn.Module):
         if self.projection is not None:
             feature = self.projection(losses.at(feature, positions))
         return StudentOutput(logits, feature)
+
+
+def trained_model(state: State, config: TrainConfig, processes: Processes) -> nn.Module:
+    """The Trainee of a state as `take_step` runs it: compiled where asked to, joined to the other
+    processes'."""
+    trainee = Trainee(state.student, state.projection)
+    if config.compile:
+        # dynamic=False: else a resumed run, which meets other shapes first, would run other kernels
+        trainee.compile(backend=_COMPILER, dynamic=False)
+    return processes.wrap(trainee)
+
+
+def check_compiler(device: str) -> None:
+    """Raise RunError where `torch.compile` has no compiler to work with."""
+    try:
+        torch.compile(lambda x: x + x, backend=_COMPILER)(torch.ones(2, device=device))
+    except Exception as error:  # torch's exceptions of this share no public base
+        cause = getattr(error, "inner_exception", error)
+        first_line = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+        needs = "Triton" if torch.device(device).type == "cuda" else "a C++ compiler such as g++"
+        raise RunError(
+            f"compile = true: torch.compile does not work here ({first_line}); it needs {needs}: "
+            "install that, or train without it"
+        ) from error
 
 
 def build_optimizer(

@@ -18,7 +18,6 @@ from torch import nn
 
 from kdcache.config import ENCODER_LEVELS, StudentTap
 from kdcache.errors import ModelError, ProviderError, nearest
-from kdcache.imaging import IMAGENET_MEAN, IMAGENET_STD
 from kdcache.train.weights import load_encoder_file
 
 # smp gives every encoder a feature n at stride 2^n; the third of EfficientNet-B0 is 40×80×80 at
@@ -185,14 +184,6 @@ def resolve_device(device: str) -> str:
             "(`nvidia-smi`), or use --device cpu"
         )
     return device
-
-
-def normalised(images_NHWC: torch.Tensor) -> torch.Tensor:
-    """uint8 RGB pixels on any device to the ImageNet-normalised (N, 3, H, W) float32 input."""
-    mean = torch.tensor(IMAGENET_MEAN, device=images_NHWC.device)
-    std = torch.tensor(IMAGENET_STD, device=images_NHWC.device)
-    scaled = (images_NHWC.float() / 255 - mean) / std
-    return scaled.permute(0, 3, 1, 2).contiguous()
 
 
 def _unet(encoder: str, weights: str | bool | None = None) -> Any:

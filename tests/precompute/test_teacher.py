@@ -14,7 +14,7 @@ from onnx import TensorProto, helper
 from safetensors.torch import save_file
 
 from kdcache.errors import ModelError
-from kdcache.imaging import imagenet_normalised
+from kdcache.pixels import normalised
 from kdcache.precompute.teacher import Teacher, load_checkpoint, network_settings, strip_prefix
 from kdcache.standins import TEACHER_BIAS, TEACHER_RGB_WEIGHT
 
@@ -101,7 +101,7 @@ def test_b3_lightning_checkpoint_loads_strictly_and_runs_nothing(tmp_path, caplo
     assert "vanished_lightning.ModelCheckpoint" in caplog.text
     images = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
     with torch.no_grad():
-        reference = network(torch.from_numpy(imagenet_normalised(images)))
+        reference = network(normalised(torch.from_numpy(images)))
     assert np.array_equal(teacher.logits(images), reference[:, 0].numpy())
 
 

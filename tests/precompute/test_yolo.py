@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+from unittest import mock
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -12,7 +16,8 @@ from onnx import TensorProto, helper, numpy_helper
 from kdcache.errors import ModelError, ProviderError
 from kdcache.precompute import onnx_session
 from kdcache.precompute.onnx_graph import model_sha256, pruned
-from kdcache.precompute.yolo import Yolo, yolo_input
+from kdcache.precompute.onnx_session import OnnxNetwork
+from kdcache.precompute.yolo import Yolo
 from kdcache.standins import TAP
 
 
@@ -39,12 +44,16 @@ def random_images(count):
     return np.random.default_rng(0).integers(0, 256, (count, 64, 64, 3), np.uint8)
 
 
+def detector_input(images):
+    return (images.transpose(0, 3, 1, 2) / 255).astype(np.float32)
+
+
 def test_inner_tap_gives_what_the_whole_graph_computes(standins):
     model = onnx.load(standins.detector)
     model.graph.output.append(onnx.ValueInfoProto(name=TAP))
     images = random_images(2)
     session = onnxruntime.InferenceSession(model.SerializeToString())
-    (reference,) = session.run([TAP], {"images": yolo_input(images, "rgb01")})
+    (reference,) = session.run([TAP], {"images": detector_input(images)})
     yolo = open_yolo(standins.detector)
     assert yolo.feature_shape == (16, 8, 8)
     assert np.allclose(yolo.features(images), reference, atol=1e-5)
@@ -86,21 +95,7 @@ def test_cut_keeps_what_an_if_body_takes_from_outside(tmp_path):
     opset = helper.make_opsetid("", 17)
     onnx.save(helper.make_model(graph, opset_imports=[opset], ir_version=8), tmp_path / "g.onnx")
     features = open_yolo(tmp_path / "g.onnx", tap="tap").features(random_images(1))
-    assert np.allclose(features, 2 * yolo_input(random_images(1), "rgb01"))
-
-
-@pytest.mark.parametrize(
-    ("expects", "expected"),
-    [
-        ("rgb01", [0, 0.2, 1]),
-        ("bgr01", [1, 0.2, 0]),
-        ("rgb255", [0, 51, 255]),
-        ("bgr255", [255, 51, 0]),
-    ],
-)
-def test_channel_order_and_range(expects, expected):
-    pixel = np.array([0, 51, 255], np.uint8).reshape(1, 1, 1, 3)
-    assert np.allclose(yolo_input(pixel, expects).ravel(), expected)
+    assert np.allclose(features, 2 * detector_input(random_images(1)))
 
 
 @pytest.mark.parametrize("batch", ["N", 1, 2, 3])
@@ -116,15 +111,15 @@ def test_fixed_batch_and_half_inputs_give_the_same_features(tmp_path, batch, dty
 
 @pytest.mark.parametrize("batch", ["N", 2])
 @pytest.mark.parametrize("dtype", [TensorProto.FLOAT, TensorProto.FLOAT16])
-def test_features_bound_to_a_torch_tensor_equal_those_in_host_memory(tmp_path, batch, dtype):
-    """The way taken on a GPU, here with the tensor on the CPU."""
+def test_what_is_bound_to_torch_tensors_equals_what_goes_through_the_host(tmp_path, batch, dtype):
+    """The way taken on a GPU, here with the tensors on the CPU."""
     save_identity(tmp_path / "m.onnx", batch, dtype)
     yolo = open_yolo(tmp_path / "m.onnx", tap="pooled")
     on_host = yolo.features(random_images(5))
-    yolo._on_host = False
-    bound = yolo.features(random_images(5))
-    assert isinstance(bound, torch.Tensor)
-    assert np.array_equal(bound.numpy(), on_host)
+    yolo._network._through_host = False
+    with mock.patch.object(OnnxNetwork, "_run", side_effect=AssertionError("through the host")):
+        bound = yolo.features(random_images(5))
+    assert np.array_equal(bound, on_host)
 
 
 def test_missing_tap_names_the_nearest(standins):
@@ -185,6 +180,35 @@ def test_provider_that_is_not_there_or_not_active_is_an_error(standins, monkeypa
     monkeypatch.setattr(onnx_session.onnxruntime, "InferenceSession", lambda *a, **k: FellBack())
     with pytest.raises(ProviderError, match="did not start, .* would run on CPUExecutionProvider"):
         open_yolo(standins.detector, device="cuda")
+
+
+def test_tensorrt_keeps_its_engines_apart_by_graph_gpu_and_version(tmp_path, monkeypatch):
+    """They take minutes to build; one of another graph, GPU or version must not be taken."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
+    monkeypatch.delenv("NVIDIA_TF32_OVERRIDE")  # and it is removed again
+    gpu = {"name": "GPU 1"}
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: gpu["name"])
+
+    def folder(model):
+        (name, options), (second, _) = onnx_session._providers(model, "tensorrt")
+        assert (name, second) == ("TensorrtExecutionProvider", "CUDAExecutionProvider")
+        assert options["trt_engine_cache_enable"] == "1"
+        return Path(options["trt_engine_cache_path"])
+
+    first = folder(b"graph 1")
+    assert os.environ["NVIDIA_TF32_OVERRIDE"] == "0"  # float32 means float32
+    assert first.is_dir()
+    assert first.is_relative_to(tmp_path)
+    assert folder(b"graph 1") == first
+    others = {folder(b"graph 2")}
+    gpu["name"] = "GPU 2"
+    others.add(folder(b"graph 1"))
+    monkeypatch.setattr(onnx_session.onnxruntime, "__version__", "99")
+    others.add(folder(b"graph 1"))
+    monkeypatch.setattr(onnx_session, "_version", lambda package: "99")
+    others.add(folder(b"graph 1"))
+    assert len(others - {first}) == 4
 
 
 def test_weights_listed_as_inputs_by_old_exports_are_not_asked_for(standins, tmp_path):

@@ -16,8 +16,8 @@ import kdcache
 from kdcache.cache.reader import Cache
 from kdcache.cache.writer import CacheWriter
 from kdcache.errors import CacheError
+from kdcache.pixels import normalised
 from kdcache.train.loader import Tally, _decoded, chunked, read_stored
-from kdcache.train.student import normalised
 
 
 def ids(cache, **options):

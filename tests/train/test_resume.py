@@ -32,8 +32,12 @@ def run(cache, tmp_path_factory):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"mixed_precision": True, "feature_weight": 0.0, "epochs": 2}],
-    ids=["float32", "bfloat16"],
+    [
+        {},
+        {"mixed_precision": True, "feature_weight": 0.0, "epochs": 2},
+        pytest.param({"compile": True}, marks=pytest.mark.slow),
+    ],
+    ids=["float32", "bfloat16", "compiled"],
 )
 def test_resume_continues_as_if_never_stopped(cache, tmp_path, monkeypatch, changes):
     """Stopped in the middle of the second epoch, then resumed, equals one go: bit for bit."""

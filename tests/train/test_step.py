@@ -17,7 +17,7 @@ from kdcache.cache.reader import Cache
 from kdcache.config import TrainConfig
 from kdcache.errors import RunError
 from kdcache.imaging import IGNORE, PADDING
-from kdcache.train import losses, step
+from kdcache.train import loop, losses, step
 from kdcache.train.loader import Batch, read_batches
 from kdcache.train.loop import _steps
 from kdcache.train.parallel import Processes, joined
@@ -29,6 +29,7 @@ from kdcache.train.step import (
     forward,
     read,
     take_step,
+    trained_model,
     weighted,
 )
 from kdcache.train.student import Projection, Student, build_student
@@ -274,3 +275,32 @@ def test_batch_norm_of_one_value_is_one_clear_error(cache):
     trainee = Trainee(Student("timm-efficientnet-b0", trained_levels=5), None).train()
     with pytest.raises(RunError, match="one value a channel on a batch of 1"):
         forward(trainee, tiny, config)
+
+
+def test_compiled_step_is_the_same_step(cache, monkeypatch):
+    """Traced and differentiated ahead of time as for the real compiler, also for a smaller batch."""
+    monkeypatch.setattr(step, "_COMPILER", "aot_eager")
+    channels = cache.manifest.taps[0].shape[0]
+    config = CONFIG.model_copy(update={"compile": True, "student_tap": "decoder"})
+    rows = cache.rows_of("train")
+    batches = list(read_batches(cache, [rows[:2], rows[2:3]], "cpu", cache.taps))
+    plain, compiled = new_state(channels, config), new_state(channels, config)
+    model = trained_model(compiled, config, Processes()).train()
+    for batch in batches:
+        expected = trained(plain, [batch], config)
+        (values,) = read([take_step(model, compiled, [batch], config, 3.0, Processes())])
+        assert values == pytest.approx(expected, rel=1e-4)
+        theirs, ours = gradients(plain), gradients(compiled)
+        assert ours.keys() == theirs.keys()
+        for key, gradient in ours.items():
+            assert torch.allclose(gradient, theirs[key], rtol=1e-2, atol=1e-4), key
+
+
+def test_without_a_compiler_the_run_does_not_begin(cache, tmp_path, monkeypatch):
+    def no_compiler(graph, inputs):
+        raise RuntimeError("g++ is not there")
+
+    monkeypatch.setattr(step, "_COMPILER", no_compiler)
+    with pytest.raises(RunError, match=r"compile = true: .*g\+\+ is not there.* a C\+\+ compiler"):
+        loop.train(cache.path, tmp_path / "run", CONFIG.model_copy(update={"compile": True}))
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,53 @@
+"""Pixels as networks take them: uint8 goes to the device, and becomes floating point there.
+
+A GPU gets a quarter of the bytes that way, and the host does none of the arithmetic. Divisors are
+tensors on the device because torch multiplies by the reciprocal of a Python number on a GPU, which
+may be off by one unit in the last place from what the host computes.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdcache.config import YoloInput
+from kdcache.imaging import IMAGENET_MEAN, IMAGENET_STD, U8
+
+
+def on_device(images_NHWC: U8, device: str | torch.device) -> Tensor:
+    """The same uint8 pixels as a tensor; to a GPU through pinned memory, and nobody waits for it."""
+    pixels = torch.from_numpy(np.ascontiguousarray(images_NHWC))
+    if torch.device(device).type == "cpu":
+        return pixels
+    return pixels.pin_memory().to(device, non_blocking=True)
+
+
+def planes(images_NHWC: Tensor) -> Tensor:
+    """uint8 pixels as (N, 3, H, W) float32 of the same values."""
+    return images_NHWC.permute(0, 3, 1, 2).contiguous().float()
+
+
+def scaled(images_NHWC: Tensor, over: float = 255) -> Tensor:
+    """uint8 pixels as (N, 3, H, W) float32, divided by `over`."""
+    return planes(images_NHWC).div_(torch.tensor(over, device=images_NHWC.device))
+
+
+def normalised(images_NHWC: Tensor) -> Tensor:
+    """uint8 RGB pixels as the ImageNet-normalised (N, 3, H, W) float32 input of the UNets."""
+    mean_C11, std_C11 = (
+        torch.tensor(of_channels, device=images_NHWC.device)[:, None, None]
+        for of_channels in (IMAGENET_MEAN, IMAGENET_STD)
+    )
+    return scaled(images_NHWC).sub_(mean_C11).div_(std_C11)
+
+
+def swapped(images_NHWC: Tensor) -> Tensor:
+    """RGB pixels as BGR."""
+    return images_NHWC.flip(-1)
+
+
+def yolo_input(images_NHWC: Tensor, expects: YoloInput) -> Tensor:
+    """uint8 RGB pixels as the (N, 3, H, W) float32 input a detector expects."""
+    pixels = swapped(images_NHWC) if expects.startswith("bgr") else images_NHWC
+    return scaled(pixels) if expects.endswith("01") else planes(pixels)

@@ -1,0 +1,180 @@
+"""What a run starts from: rows checked, student and projection built, what each loss reaches."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from kdcache.cache.layout import TapSpec
+from kdcache.cache.reader import Cache
+from kdcache.config import TrainConfig
+from kdcache.errors import RunError, device_memory
+from kdcache.imaging import BACKGROUND, PERSON
+from kdcache.stop import StopRequest
+from kdcache.train.loader import read_batches, shuffled
+from kdcache.train.parallel import Processes
+from kdcache.train.reach import find_reach, reach_text, reaches_student
+from kdcache.train.run_folder import State
+from kdcache.train.step import Trainee, untrained_state
+from kdcache.train.student import TAP_STRIDE, Projection, Student, build_student
+
+log = logging.getLogger(__name__)
+
+# Rows that are looked through for a label before the table of what each loss reaches.
+_PROBED_ROWS = 256
+
+# Rows that the mean and deviation of the feature target are taken from.
+_STANDARDISE_ROWS = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What does not change while a process trains."""
+
+    out: Path
+    cache: Cache
+    config: TrainConfig
+    tap: TapSpec | None
+    device: str
+    processes: Processes
+    stop: StopRequest
+    train_rows: Sequence[int]
+    val_rows: Sequence[int]
+    progress: bool
+
+    @property
+    def taps(self) -> list[str]:
+        """Those whose features are read."""
+        return [self.tap.name] if self.tap else []
+
+    @property
+    def uses_logits(self) -> bool:
+        """Nothing is read that no loss is of."""
+        return bool(self.config.kl_weight or self.config.mse_weight)
+
+    def picture(self, epoch: int) -> Path:
+        """Where an epoch's overlays go."""
+        return self.out / "visualizations" / f"epoch_{epoch:03d}.jpg"
+
+
+def check_splits(run: Run) -> None:
+    """Raise RunError without a training row for each process; say what a cache without val rows means."""
+    path, processes = run.cache.path, run.processes.count
+    if len(run.train_rows) < processes:
+        raise RunError(
+            f"{path} has {len(run.train_rows)} rows of split 'train' for {processes} processes; "
+            "extract some (--split train is the default)"
+        )
+    if not run.val_rows:
+        log.warning(
+            "%s has no rows of split 'val': nothing is validated and the last epoch counts as the "
+            "best; extract with --val-fraction, or a second folder with --split val",
+            path,
+        )
+
+
+def find_target(cache: Cache, config: TrainConfig) -> TapSpec | None:
+    """The tap that the projection aims at; without a feature loss no feature byte is read.
+
+    Raises RunError when the cache lacks what a loss is of.
+    """
+    if not cache.has_logits and (config.kl_weight or config.mse_weight):
+        raise RunError(
+            f"{cache.path} holds no teacher logits; train with --set kl_weight=0 --set mse_weight=0, "
+            "or extract them"
+        )
+    if config.feature_weight == 0:
+        return None
+    if not cache.manifest.taps:
+        raise RunError(
+            f"{cache.path} holds no features; train with --feature-weight 0, or extract them"
+        )
+    return cache.manifest.taps[0]
+
+
+def check_processes(run: Run, state: State) -> None:
+    """The rows of an epoch are dealt out by steps, and those by the number of processes."""
+    count = run.processes.count
+    if state.processes == count:
+        return
+    if state.steps:
+        raise RunError(
+            f"{run.out} was stopped in the middle of an epoch that {state.processes} processes shared, "
+            f"this is {count}: resume it with torchrun --nproc-per-node={state.processes}"
+        )
+    log.warning(
+        "%s was trained by %d processes, goes on with %d: a step has as many times %d rows now",
+        run.out,
+        state.processes,
+        count,
+        run.config.batch_size * run.config.gradient_accumulation,
+    )
+    state.processes = count
+
+
+def build(run: Run, encoder_weights: str) -> State:
+    """Student, projection and optimiser at their seeded start.
+
+    The projection is drawn after the student, so the feature weight does not move its start.
+    """
+    config, device = run.config, run.device
+    torch.manual_seed(config.seed)
+    student = build_student(
+        config.student_encoder, encoder_weights, config.student_tap, config.trained_levels
+    ).to(device)
+    projection = None
+    if run.tap is not None:
+        projection = _build_projection(run, student, run.tap).to(device)
+    return untrained_state(student, projection, config, device, run.processes.count)
+
+
+def _build_projection(run: Run, student: Student, tap: TapSpec) -> Projection:
+    channels, height, width = tap.shape
+    grid = run.cache.manifest.size_px // TAP_STRIDE
+    if (height, width) != (grid, grid):
+        raise RunError(
+            f"tap {tap.name} is {channels}×{height}×{width} in this cache, the student's tap is "
+            f"{student.tap_channels}×{grid}×{grid} (stride {TAP_STRIDE}); extract a tap of that "
+            "grid, or train with --feature-weight 0"
+        )
+    projection = Projection(student.tap_channels, run.config.projection_hidden_dim, channels)
+    if run.config.standardise_features:
+        rows = shuffled(run.train_rows, run.config.seed, 0)[:_STANDARDISE_ROWS]
+        projection.standardise(run.cache.decode_features(row, tap) for row in rows)
+    return projection
+
+
+def say_reach(run: Run, state: State) -> None:
+    """Show what each loss can change, and warn where features are learned to be thrown away."""
+    if not run.processes.leads:
+        return
+    (batch,) = read_batches(
+        run.cache, [_probe_rows(run)], run.device, run.taps, logits=run.uses_logits
+    )
+    with device_memory("back-propagating the first batch", "lower --batch-size"):
+        reach = find_reach(Trainee(state.student, state.projection), batch, run.config)
+    log.info("%s", reach_text(reach, run.config))
+    if "feature" in reach and not reaches_student(reach, "feature"):
+        log.warning(
+            "feature_weight = %g, but the feature loss trains only the projection, which is not part "
+            "of the student: --set student_tap=decoder or --set train_encoder=last:3 let it reach it",
+            run.config.feature_weight,
+        )
+
+
+def _probe_rows(run: Run) -> list[int]:
+    """The first batch; its last row is a labelled one from further on if it has none else.
+
+    Without a label BCE and Dice would seem to reach nothing.
+    """
+    order = shuffled(run.train_rows, run.config.seed, 0)
+    size = run.config.batch_size
+    for number, row in enumerate(order[:_PROBED_ROWS]):
+        if np.isin(run.cache[row].mask, (BACKGROUND, PERSON)).any():
+            return [*order[: min(size, len(order)) - 1], row] if number >= size else order[:size]
+    return order[:size]
