@@ -118,7 +118,7 @@ def write(path: Path, manifest: Manifest, rows: list[dict[str, np.ndarray]]) -> 
                 ROWS: describe_row(key, {}),
                 **{f"{tap.folder}/{name}": array for name, array in encoded.items()},
             }
-            writer.append(key, arrays)
+            writer.append(writer.encoded(key, arrays))
             yield time.perf_counter() - started
 
 

@@ -75,7 +75,7 @@ def written(source: Cache, path: Path, rows: Sequence[int], compression: Compres
         for number, row in enumerate(rows):
             key = RowKey("train", f"{number}", 0)
             arrays = {spec.path: source.read(row, spec.path) for spec in manifest.arrays()}
-            writer.append(key, arrays | {ROWS: describe_row(key, {})})
+            writer.append(writer.encoded(key, arrays | {ROWS: describe_row(key, {})}))
     return Cache(path)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import click
 Command = Callable[..., Any]
 
 option = click.option
+
+_MOST_WORKERS = 8  # more cores than that are for the models
 
 
 def config_options(command: Command) -> Command:
@@ -99,9 +102,9 @@ def input_options(command: Command) -> Command:
         option(
             "--workers",
             type=click.IntRange(1),
-            default=2,
-            show_default=True,
-            help="Decode threads.",
+            default=min(os.cpu_count() or 1, _MOST_WORKERS),
+            show_default=f"the cores, at most {_MOST_WORKERS}",
+            help="Threads that decode photos, and as many that compress rows.",
         ),
     ]
     for one in reversed(options):

@@ -34,7 +34,7 @@ from kdcache.cache.format import (
     read_staged,
 )
 from kdcache.cache.layout import Manifest
-from kdcache.cache.shard import ShardFile
+from kdcache.cache.shard import ShardFile, encode_chunk
 from kdcache.cache.writer import array_document, locked, remove_replaced
 from kdcache.durable import TEMPORARY_SUFFIX, fsync, write_atomic
 from kdcache.errors import CacheError
@@ -86,14 +86,14 @@ class Refresh:
             spec.path: ShardFile(
                 self._path / spec.shard_path(commit.shard),
                 self._manifest.shard_rows,
-                self._manifest.compression,
             )
             for spec in self._specs
         }
         try:
             for arrays in rows:
                 for spec in self._specs:
-                    files[spec.path].append(spec.transform.forward(arrays[spec.path]))
+                    stored = spec.transform.forward(arrays[spec.path])
+                    files[spec.path].append(encode_chunk(stored, self._manifest.compression))
             objects = {path: file.finish() for path, file in files.items()}
         except BaseException:
             for file in files.values():

@@ -48,15 +48,22 @@ class DamagedError(Exception):
     """Bytes that fail a check; the reader turns it into a CacheError that names the row."""
 
 
-def encode_chunk(array: NDArray[np.generic], compression: Compression) -> tuple[bytes, int]:
-    """One row of one array as stored bytes, and the CRC-32C of its compressed part."""
+class Encoded(NamedTuple):
+    """One row of one array as it is stored."""
+
+    stored: bytes
+    crc: int  # CRC-32C of its compressed part
+
+
+def encode_chunk(array: NDArray[np.generic], compression: Compression) -> Encoded:
+    """One row of one array as it is stored; may be called from many threads."""
     array = np.ascontiguousarray(array)
     if compression == "zstd":
         compressed = _zstd_compressor().compress(array.view(np.uint8).data.cast("B"))
     else:
         compressed = bytes(_LZ4.encode(array)) if compression == "lz4" else array.tobytes()
     crc = google_crc32c.value(compressed)
-    return compressed + struct.pack("<I", crc), crc
+    return Encoded(compressed + struct.pack("<I", crc), crc)
 
 
 class Chunk(NamedTuple):
@@ -239,24 +246,21 @@ class ObjectRecord:
 class ShardFile:
     """A shard file being written: rows stream into a temporary file, `finish` gives it its name."""
 
-    def __init__(self, path: Path, slots: int, compression: Compression) -> None:
+    def __init__(self, path: Path, slots: int) -> None:
         self._path = path
         self._temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
         self._slots = slots
-        self._compression = compression
         self._index: list[tuple[int, int]] = []
         self._crcs: list[int] = []
         self._offset = 0
         self._digest = hashlib.sha256()
         self._file = open(self._temporary, "wb")  # noqa: SIM115 - closed by finish or abandon
 
-    def append(self, array: NDArray[np.generic]) -> int:
-        """Compress and write a row; returns the bytes it takes."""
-        stored, crc = encode_chunk(array, self._compression)
-        self._index.append((self._offset, len(stored)))
-        self._crcs.append(crc)
-        self._write(stored)
-        return len(stored)
+    def append(self, row: Encoded) -> None:
+        """Write a row."""
+        self._index.append((self._offset, len(row.stored)))
+        self._crcs.append(row.crc)
+        self._write(row.stored)
 
     def finish(self) -> ObjectRecord:
         """Write the index and make the file durable under its own name."""

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import zarr
@@ -40,11 +40,18 @@ from kdcache.cache.format import (
     read_root,
 )
 from kdcache.cache.layout import ArraySpec, Manifest
-from kdcache.cache.shard import LZ4_LEVEL, ZSTD_LEVEL, ShardFile
+from kdcache.cache.shard import LZ4_LEVEL, ZSTD_LEVEL, Encoded, ShardFile, encode_chunk
 from kdcache.durable import TEMPORARY_SUFFIX, fsync, lock, write_atomic
 from kdcache.errors import CacheError, FingerprintError
 
 log = logging.getLogger(__name__)
+
+
+class EncodedRow(NamedTuple):
+    """A row as a cache stores it, by array path."""
+
+    key: RowKey
+    chunks: Mapping[str, Encoded]
 
 
 class CacheWriter:
@@ -101,28 +108,38 @@ class CacheWriter:
                     file.abandon()
                 os.close(self._lock)
 
-    def append(self, key: RowKey, arrays: Mapping[str, NDArray[np.generic]]) -> None:
-        """Add one row, given as array path to values; commits when the shard is full.
+    def encoded(self, key: RowKey, arrays: Mapping[str, NDArray[np.generic]]) -> EncodedRow:
+        """A row, given as array path to values, as it will be stored: many threads may make some."""
+        self._check_row(key, arrays)
+        compression = self.manifest.compression
+        chunks = {
+            spec.path: encode_chunk(spec.transform.forward(arrays[spec.path]), compression)
+            for spec in self._specs
+        }
+        return EncodedRow(key, chunks)
+
+    def append(self, row: EncodedRow) -> None:
+        """Add one row; commits when the shard is full.
 
         A row of another split than the open shard's starts a new shard, so that a split can be
         copied or dropped by whole files.
         """
         with self._row_lock:
-            self._append(key, arrays)
+            self._append(row.key, row.chunks)
 
-    def _append(self, key: RowKey, arrays: Mapping[str, NDArray[np.generic]]) -> None:
+    def _append(self, key: RowKey, chunks: Mapping[str, Encoded]) -> None:
         if key in self.committed or key in self._keys:
             raise CacheError(f"row {tuple(key)} is in {self._path} already")
         if self._keys and self._keys[-1].split != key.split:
             self.commit()
-        self._check_row(key, arrays)
         self._refuse_torn()
         self._torn = True
         if not self._files:
             self._open_shard()
         for spec in self._specs:
-            stored = self._files[spec.path].append(spec.transform.forward(arrays[spec.path]))
-            self.bytes_written += stored
+            chunk = chunks[spec.path]
+            self._files[spec.path].append(chunk)
+            self.bytes_written += len(chunk.stored)
         self._keys.append(key)
         self._torn = False
         if len(self._keys) == self.manifest.shard_rows:
@@ -195,9 +212,7 @@ class CacheWriter:
     def _open_shard(self) -> None:
         for spec in self._specs:
             path = self._path / spec.shard_path(self._shard)
-            self._files[spec.path] = ShardFile(
-                path, self.manifest.shard_rows, self.manifest.compression
-            )
+            self._files[spec.path] = ShardFile(path, self.manifest.shard_rows)
 
     @property
     def _shard(self) -> int:

@@ -1,7 +1,7 @@
 """Stage one as a whole: decode → both frozen models → quantise, compress, write and commit.
 
-Decoding runs ahead in threads and writing behind in one, both bounded, so memory does not grow
-with the dataset.
+Decoding runs ahead in threads, encoding and compressing behind in as many, writing in one, all
+bounded, so memory does not grow with the dataset.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 from kdcache.cache import codecs
 from kdcache.cache.format import Remarks
 from kdcache.cache.reader import Cache
-from kdcache.cache.writer import CacheWriter
+from kdcache.cache.writer import CacheWriter, EncodedRow
 from kdcache.config import ExtractConfig
 from kdcache.errors import (
     CacheError,
@@ -36,6 +36,7 @@ from kdcache.precompute.need import Need
 from kdcache.precompute.onnx_session import Device
 from kdcache.precompute.sources import Prepared, Tally, changed, prepare, twins
 from kdcache.precompute.stages import (
+    COMPRESS,
     DETECTOR,
     ENCODE,
     FOR_PHOTOS,
@@ -111,6 +112,7 @@ def extract(
     elif job.todo:
         _refuse_if_too_much(_known_bytes(out), job, out)
     with StopRequest().listening() as stop, CacheWriter(out, job.manifest) as writer:
+        _refuse_if_overtaken(job, writer, out)
         committed = [(sample, job.known[key]) for key, sample in job.planned if key in job.known]
         old = changed(committed, workers, progress, stop)
         models_ready = time.monotonic()
@@ -158,6 +160,15 @@ def extract(
     )
 
 
+def _refuse_if_overtaken(job: Job, writer: CacheWriter, out: Path) -> None:
+    """The rows to do were listed before the cache was this process's alone."""
+    if any(key in writer.committed for key, _ in job.todo):
+        raise CacheError(
+            f"another process has added rows to {out} while this one loaded its models; run the same "
+            "command again for those that are missing"
+        )
+
+
 def _key(dataset: Dataset, split: str) -> str:
     """Stands for a dataset in the cache's remarks, without telling where it lies."""
     return hashlib.sha256(f"{split}: {dataset.images.resolve()}".encode()).hexdigest()[:16]
@@ -198,11 +209,16 @@ def run(
     stop: StopRequest,
     stages: Stages,
 ) -> None:
-    """Both models over batches of one constant size; rows go to the writer's thread in order.
+    """Both models over batches of one constant size.
 
-    When a stop is asked for, the rows of the batch at hand are the last.
+    Threads encode and compress the rows, one writes them in order. When a stop is asked for, the
+    rows of the batch at hand are the last.
     """
-    with ThreadPoolExecutor(1, thread_name_prefix="write") as pool:
+    ahead = max(2 * batch_size, stages.workers)
+    with (
+        ThreadPoolExecutor(1, thread_name_prefix="write") as pool,
+        ThreadPoolExecutor(stages.workers, thread_name_prefix="encode") as encoders,
+    ):
         writing: deque[tuple[Prepared, Future[None]]] = deque()
         for batch in stages.waited_for(_batched(rows, batch_size), FOR_PHOTOS):
             if stop.asked:
@@ -216,10 +232,10 @@ def run(
             with stages.busy(TEACHER):
                 logits = [None] * batch_size if teacher is None else teacher.logits(images)
             for row, feature_CHW, logits_HW in zip(batch, features, logits, strict=False):
-                write = pool.submit(_write, writer, row, feature_CHW, logits_HW, stages)
-                writing.append((row, write))
+                encoded = encoders.submit(_encode, writer, row, feature_CHW, logits_HW, stages)
+                writing.append((row, pool.submit(_write, writer, encoded, stages)))
             with stages.busy(FOR_WRITER):
-                while len(writing) > 2 * batch_size:
+                while len(writing) > ahead:
                     _finish(*writing.popleft(), tally)
             bar.reach(tally.handled)
         with stages.busy(FOR_WRITER):
@@ -235,17 +251,23 @@ def _batched(rows: Iterable[Prepared], size: int) -> Iterator[list[Prepared]]:
         yield batch
 
 
-def _write(
+def _encode(
     writer: CacheWriter,
     row: Prepared,
     feature_CHW: codecs.Array | None,
     logits_HW: codecs.F32 | None,
     stages: Stages,
-) -> None:
+) -> EncodedRow:
     with stages.busy(ENCODE):
         arrays = row_arrays(row, feature_CHW, logits_HW, writer.manifest)
+    with stages.busy(COMPRESS):
+        return writer.encoded(row.key, arrays)
+
+
+def _write(writer: CacheWriter, encoded: Future[EncodedRow], stages: Stages) -> None:
+    row = encoded.result()
     with stages.busy(WRITE):
-        writer.append(row.key, arrays)
+        writer.append(row)
 
 
 def _finish(row: Prepared, write: Future[None], tally: Tally) -> None:

@@ -26,7 +26,7 @@ def stored_bytes(
 ) -> int:
     """Bytes that these arrays of one row take on disk."""
     return sum(
-        len(encode_chunk(spec.transform.forward(arrays[spec.path]), compression)[0])
+        len(encode_chunk(spec.transform.forward(arrays[spec.path]), compression).stored)
         for spec in specs
     )
 

@@ -12,7 +12,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 DECODE, DETECTOR, TEACHER = "decode photos", "detector", "teacher"
-ENCODE, WRITE = "encode", "compress and write"
+ENCODE, COMPRESS, WRITE = "encode", "compress", "write"
 FOR_PHOTOS, FOR_WRITER = "waiting for photos", "waiting for the writer"
 
 
@@ -26,12 +26,14 @@ class StageTimes:
 
     @property
     def bottleneck(self) -> str:
-        """Whose threads were busy for the largest share of the time: the photos', the models' or the
-        writer's."""
+        """Whose threads were busy for the largest share of the time: the photos', the models', the
+        encoders' or the writer's."""
         shares = {
             "decoding photos": self.busy_s[DECODE] / self.threads[DECODE],
             "the models": self.busy_s[DETECTOR] + self.busy_s[TEACHER],
-            "encoding and writing": self.busy_s[ENCODE] + self.busy_s[WRITE],
+            "encoding and compressing": (self.busy_s[ENCODE] + self.busy_s[COMPRESS])
+            / self.threads[COMPRESS],
+            "writing": self.busy_s[WRITE],
         }
         return max(shares, key=lambda name: shares[name])
 
@@ -39,10 +41,10 @@ class StageTimes:
 class Stages:
     """Clocks of the stages; may be used from many threads."""
 
-    def __init__(self, decode_threads: int) -> None:
-        names = (DECODE, DETECTOR, TEACHER, ENCODE, WRITE, FOR_PHOTOS, FOR_WRITER)
+    def __init__(self, workers: int) -> None:
+        names = (DECODE, DETECTOR, TEACHER, ENCODE, COMPRESS, WRITE, FOR_PHOTOS, FOR_WRITER)
         self._busy_s = dict.fromkeys(names, 0.0)
-        self._decode_threads = decode_threads
+        self.workers = workers  # threads that decode, and as many that encode and compress
         self._lock = threading.Lock()
         self._started = time.perf_counter()
 
@@ -75,6 +77,7 @@ class Stages:
 
     def times(self) -> StageTimes:
         """What was measured since the start."""
-        threads = dict.fromkeys(self._busy_s, 1) | {DECODE: self._decode_threads}
+        threads = dict.fromkeys(self._busy_s, 1)
+        threads |= dict.fromkeys((DECODE, ENCODE, COMPRESS), self.workers)
         seconds = time.perf_counter() - self._started
         return StageTimes(busy_s=dict(self._busy_s), threads=threads, seconds=seconds)

@@ -24,7 +24,7 @@ CELL, STEP, LINE = 240, 242, 18
 def write(path, rows, manifest=MANIFEST):
     with CacheWriter(path, manifest) as writer:
         for key, arrays in rows:
-            writer.append(key, arrays)
+            writer.append(writer.encoded(key, arrays))
     return Cache(path)
 
 

@@ -36,7 +36,7 @@ def small(tmp_path):
     """A cache of five known rows in two shards."""
     with CacheWriter(tmp_path / "c", MANIFEST) as writer:
         for number in range(5):
-            writer.append(*make_row(number))
+            writer.append(writer.encoded(*make_row(number)))
     return tmp_path / "c"
 
 
@@ -97,7 +97,7 @@ def any_cache(request, tmp_path):
     )
     with CacheWriter(tmp_path / "coco.zarr", manifest) as writer:
         for number in range(5):
-            writer.append(*make_row(number, manifest=manifest))
+            writer.append(writer.encoded(*make_row(number, manifest=manifest)))
     return tmp_path / "coco.zarr"
 
 
@@ -168,7 +168,7 @@ def test_short_reads_are_continued_and_an_early_end_is_an_error(tmp_path, monkey
     manifest = dataclasses.replace(MANIFEST, compression=compression)
     with CacheWriter(tmp_path / "c", manifest) as writer:
         for number in range(5):
-            writer.append(*make_row(number, manifest=manifest))
+            writer.append(writer.encoded(*make_row(number, manifest=manifest)))
     expected, preadv = Cache(tmp_path / "c").read(2, "image"), os.preadv
 
     sizes = itertools.cycle((1000, 999, 3, 1))
@@ -189,7 +189,7 @@ def test_a_file_that_changes_after_it_was_read_is_checked_again(tmp_path, compre
     manifest = dataclasses.replace(MANIFEST, compression=compression)
     with CacheWriter(tmp_path / "c", manifest) as writer:
         for number in range(3):
-            writer.append(*make_row(number, manifest=manifest))
+            writer.append(writer.encoded(*make_row(number, manifest=manifest)))
     cache = Cache(tmp_path / "c")
     expected = cache.read(0, "mask")
     for _ in range(2):
@@ -219,7 +219,7 @@ def test_swapped_shards_of_equal_size_raise(tmp_path):
     """Compressed sizes of random pixels agree, so only the committed checksums tell."""
     with CacheWriter(tmp_path / "c", MANIFEST) as writer:
         for number in range(6):
-            writer.append(*make_row(number))
+            writer.append(writer.encoded(*make_row(number)))
     first, second = tmp_path / "c/image/c.0.0.0.0", tmp_path / "c/image/c.1.0.0.0"
     assert first.stat().st_size == second.stat().st_size
     shutil.move(first, tmp_path / "aside")

@@ -30,7 +30,7 @@ def pristine(tmp_path_factory):
     for name, first in (("now", 0), ("before", 100)):
         with CacheWriter(folder / name, MANIFEST) as writer:
             for number in range(first, first + ROWS):
-                writer.append(*make_row(number))
+                writer.append(writer.encoded(*make_row(number)))
             writer.remark("photos", Remarks(skipped={"broken.jpg": "cannot be decoded"}))
     return folder
 
@@ -159,7 +159,7 @@ def test_values_that_should_never_have_been_written_are_found(tmp_path, array, v
     arrays[array] = arrays[array].copy()
     arrays[array].flat[0] = value
     with CacheWriter(tmp_path / "c", MANIFEST) as writer:
-        writer.append(key, arrays)
+        writer.append(writer.encoded(key, arrays))
     (problem,) = verify(tmp_path / "c").bad
     assert message in problem.problem
     assert problem.rows == ["photos/0.jpg"]
@@ -169,7 +169,7 @@ def test_a_row_that_describes_another_sample_is_found(tmp_path):
     key, arrays = make_row(0)
     arrays["rows"] = make_row(1)[1]["rows"]
     with CacheWriter(tmp_path / "c", MANIFEST) as writer:
-        writer.append(key, arrays)
+        writer.append(writer.encoded(key, arrays))
     (problem,) = verify(tmp_path / "c").bad
     assert "photos/1.jpg" in problem.problem
 
@@ -178,7 +178,7 @@ def test_a_cache_that_is_being_written_is_ok_so_far(tmp_path):
     with CacheWriter(tmp_path / "c", MANIFEST) as writer:
         writer.expect(9)
         for number in range(4):
-            writer.append(*make_row(number))
+            writer.append(writer.encoded(*make_row(number)))
         report = verify(tmp_path / "c")
     assert (report.ok, report.rows, report.being_written) == (True, 3, True)
     assert verify(tmp_path / "c").rows == 4
@@ -202,7 +202,7 @@ def test_commits_lost_with_their_files_are_found_and_made_good(pristine, tmp_pat
             for number in range(ROWS):
                 key, arrays = make_row(number)
                 if key not in kept.keys:
-                    writer.append(key, arrays)
+                    writer.append(writer.encoded(key, arrays))
         assert verify(path).ok
         assert sorted(Cache(path).keys) == sorted(Cache(pristine / "now").keys)
 
@@ -213,7 +213,7 @@ def test_two_caches_copied_into_one_folder(pristine, tmp_path):
     with CacheWriter(tmp_path / "other", other) as writer:
         writer.expect(ROWS)
         for number in range(4):
-            writer.append(*make_row(number))
+            writer.append(writer.encoded(*make_row(number)))
     shutil.copytree(pristine / "now", tmp_path / "c")
     shutil.copytree(tmp_path / "other", tmp_path / "c", dirs_exist_ok=True)
     report = verify(tmp_path / "c")
@@ -271,7 +271,7 @@ def test_growth_that_was_cut_short_is_told_and_mended(pristine, tmp_path):
 def test_other_compressions_are_verified_too(tmp_path, compression):
     manifest = dataclasses.replace(MANIFEST, compression=compression)
     with CacheWriter(tmp_path / "c", manifest) as writer:
-        writer.append(*make_row(0))
+        writer.append(writer.encoded(*make_row(0)))
     assert verify(tmp_path / "c").ok
     path = tmp_path / "c" / TAP.folder / "codes_x1" / "c.0.0.0.0"
     path = path if path.exists() else path.with_name("c.0.0")

@@ -22,7 +22,7 @@ from kdcache.errors import CacheError, FingerprintError
 def write(path: Path, numbers: range, split: str = "train") -> None:
     with CacheWriter(path, MANIFEST) as writer:
         for number in numbers:
-            writer.append(*make_row(number, split))
+            writer.append(writer.encoded(*make_row(number, split)))
 
 
 def assert_holds(path: Path, numbers: range) -> None:
@@ -49,8 +49,8 @@ def test_append_starts_a_new_shard_and_keeps_old_files(tmp_path):
 
 def test_another_split_starts_a_new_shard(tmp_path):
     with CacheWriter(tmp_path / "c", MANIFEST) as writer:
-        writer.append(*make_row(0, "train"))
-        writer.append(*make_row(1, "val"))
+        writer.append(writer.encoded(*make_row(0, "train")))
+        writer.append(writer.encoded(*make_row(1, "val")))
     commits = Cache(tmp_path / "c").commits
     assert [{key.split for key in commit.keys} for commit in commits] == [{"train"}, {"val"}]
 
@@ -66,7 +66,7 @@ def test_row_without_commit_record_does_not_exist_and_is_swept(tmp_path):
 def test_failure_inside_the_block_drops_the_open_shard_only(tmp_path):
     with pytest.raises(ZeroDivisionError), CacheWriter(tmp_path / "c", MANIFEST) as writer:
         for number in range(5):
-            writer.append(*make_row(number))
+            writer.append(writer.encoded(*make_row(number)))
         raise ZeroDivisionError
     assert_holds(tmp_path / "c", range(3))
     assert not list((tmp_path / "c").rglob("*.kdtmp"))
@@ -75,7 +75,7 @@ def test_failure_inside_the_block_drops_the_open_shard_only(tmp_path):
 def test_keyboard_interrupt_commits_the_open_shard(tmp_path):
     with pytest.raises(KeyboardInterrupt), CacheWriter(tmp_path / "c", MANIFEST) as writer:
         for number in range(5):
-            writer.append(*make_row(number))
+            writer.append(writer.encoded(*make_row(number)))
         raise KeyboardInterrupt
     assert_holds(tmp_path / "c", range(5))
 
@@ -83,7 +83,7 @@ def test_keyboard_interrupt_commits_the_open_shard(tmp_path):
 def test_row_that_reached_some_arrays_only_is_never_committed(tmp_path, monkeypatch):
     write(tmp_path / "c", range(3))
     with CacheWriter(tmp_path / "c", MANIFEST) as writer:
-        writer.append(*make_row(3))
+        writer.append(writer.encoded(*make_row(3)))
         files = list(writer._files.values())
 
         def full_disk(array: object) -> None:
@@ -91,10 +91,10 @@ def test_row_that_reached_some_arrays_only_is_never_committed(tmp_path, monkeypa
 
         monkeypatch.setattr(files[2], "append", full_disk)
         with pytest.raises(OSError, match="No space"):
-            writer.append(*make_row(4))
+            writer.append(writer.encoded(*make_row(4)))
         monkeypatch.undo()
         with pytest.raises(CacheError, match="earlier write failed"):
-            writer.append(*make_row(5))
+            writer.append(writer.encoded(*make_row(5)))
     assert_holds(tmp_path / "c", range(3))
 
 
@@ -117,8 +117,8 @@ def _write_and_die(path: Path) -> None:
     import os
 
     with CacheWriter(path, MANIFEST) as writer:
-        writer.append(*make_row(3))
-        writer.append(*make_row(4))
+        writer.append(writer.encoded(*make_row(3)))
+        writer.append(writer.encoded(*make_row(4)))
         os._exit(9)
 
 
@@ -142,7 +142,7 @@ def test_other_library_version_is_only_a_warning(tmp_path, caplog):
 
 def test_second_writer_is_refused(tmp_path):
     with CacheWriter(tmp_path / "c", MANIFEST) as writer:
-        writer.append(*make_row(0))
+        writer.append(writer.encoded(*make_row(0)))
         with pytest.raises(CacheError, match="another process"):
             CacheWriter(tmp_path / "c", MANIFEST)
     write(tmp_path / "c", range(1, 3))
@@ -162,7 +162,7 @@ def test_row_of_another_shape_is_refused_by_name(tmp_path):
         CacheWriter(tmp_path / "c", MANIFEST) as writer,
         pytest.raises(CacheError, match=r"photos/0.jpg: image is uint8 \(31, 32, 3\)"),
     ):
-        writer.append(key, arrays)
+        writer.append(writer.encoded(key, arrays))
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"{}")])
@@ -232,8 +232,8 @@ def test_a_row_that_comes_after_the_block_ended_is_refused(tmp_path):
     """A second Ctrl-C can end the block while the writing thread still has rows."""
     writer = CacheWriter(tmp_path / "c", MANIFEST)
     with pytest.raises(KeyboardInterrupt), writer:
-        writer.append(*make_row(0))
+        writer.append(writer.encoded(*make_row(0)))
         raise KeyboardInterrupt
     with pytest.raises(CacheError, match="earlier write failed"):
-        writer.append(*make_row(1))
+        writer.append(writer.encoded(*make_row(1)))
     assert_holds(tmp_path / "c", range(1))

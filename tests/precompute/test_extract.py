@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -64,6 +66,43 @@ def test_resume_computes_only_what_is_missing_and_ends_equal(
     report = standins.extract(tmp_path / "c")
     assert (report.rows_added, report.rows_found, report.rows_total) == (6, 4, 10)
     assert len(seen) == 1 + 6  # it is tried once when it is opened
+    assert rows_equal(Cache(tmp_path / "c"), cache)
+
+
+def test_rows_that_another_process_added_meanwhile_are_not_added_twice(
+    standins, cache, tmp_path, monkeypatch
+):
+    """What is to be done was listed before the other one was done and gave up its lock."""
+    look = engine._look
+
+    def overtaken(*arguments):
+        monkeypatch.setattr(engine, "_look", look)
+        standins.extract(tmp_path / "c", limit=6)
+        look(*arguments)
+
+    monkeypatch.setattr(engine, "_look", overtaken)
+    with pytest.raises(CacheError, match="another process has added rows .* run the same command"):
+        standins.extract(tmp_path / "c")
+    assert standins.extract(tmp_path / "c").rows_added == 4
+    assert rows_equal(Cache(tmp_path / "c"), cache)
+
+
+def test_rows_that_are_compressed_at_once_are_written_in_order(
+    standins, cache, tmp_path, monkeypatch
+):
+    """Two threads must meet in each pair of rows, and the first of it is done last."""
+    barrier, encode = threading.Barrier(2, timeout=30), engine._encode
+    number = {key.sample_id: n for n, key in enumerate(cache.keys)}
+
+    def slow_first(writer, row, *rest):
+        barrier.wait()
+        if number[row.key.sample_id] % 2 == 0:
+            time.sleep(0.05)
+        return encode(writer, row, *rest)
+
+    monkeypatch.setattr(engine, "_encode", slow_first)
+    standins.extract(tmp_path / "c")
+    assert Cache(tmp_path / "c").keys == cache.keys
     assert rows_equal(Cache(tmp_path / "c"), cache)
 
 

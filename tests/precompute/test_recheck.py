@@ -28,7 +28,7 @@ def rewritten(cache: Cache, path, part: str, change, sample: str):
             arrays = {s.path: cache.read(index, s.path).copy() for s in cache.manifest.arrays()}
             if key.sample_id == sample:
                 arrays[part] = change(arrays[part])
-            writer.append(key, arrays)
+            writer.append(writer.encoded(key, arrays))
     return verify(path)
 
 

@@ -103,7 +103,7 @@ def test_decoded_where_it_will_be_used_it_is_the_same(tmp_path, precision, compr
     )
     with CacheWriter(tmp_path / "c", manifest) as writer:
         for number in range(3):
-            writer.append(*make_row(number, manifest=manifest))
+            writer.append(writer.encoded(*make_row(number, manifest=manifest)))
     cache = Cache(tmp_path / "c")
     arrays = [path for path in cache.specs if path != "rows"]
     ((_, stored),) = read_stored(cache, [range(3)], arrays)
