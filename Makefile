@@ -35,7 +35,7 @@ format: setup
 	$(BIN)/ruff format .
 
 bench: setup
-	$(BIN)/python benchmarks/online_vs_cached.py
+	$(BIN)/python benchmarks/suite.py --json bench.json
 
 clean:
 	rm -rf .venv demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -5,7 +5,11 @@
 Every reader gets the rows of the cache as arrays and has to give batches: each array of N rows in
 one block of memory. "zstd" readers store what a zstd cache stores (packed codes, predicted pixels),
 the uncompressed ones what a cache of `--compression none` stores, so no reader has less to do for
-its format. One thread each, page cache warm unless it says cold; rounds alternate, medians.
+its format. One thread each but where it says two, page cache warm unless it says cold; rounds alternate,
+medians.
+
+--throttle N makes reads of the files as slow as storage of N MB/s (throttle.c, needs a C compiler); a
+reader that is faster than that gets its bytes in other ways, such as a memory map, and is left out.
 
 HDF5 (h5py, hdf5plugin), LitData and MosaicML streaming are measured where they are installed: in an
 environment of their own (streaming wants an older numpy), with kdcache in it.
@@ -16,6 +20,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +34,7 @@ from typing import Any
 import click
 import numpy as np
 import zarr
+from machine import machine
 from numpy.typing import NDArray
 
 from kdcache.allocator import keep_freed_memory
@@ -95,7 +102,7 @@ def readers(folder: Path, source: Cache, rows: Sequence[int], skipped: list[str]
     for compression in ("zstd", "none"):
         cache = written(source, folder / f"kdcache-{compression}", rows, compression)
         arrays = [path for path in cache.specs if path != ROWS]
-        found += [ours(cache, arrays), floor(cache, arrays)]
+        found += [ours(cache, arrays), ours(cache, arrays, 2), floor(cache, arrays)]
         if compression == "zstd":
             found.append(by_zarr(cache, arrays))
         for make in (
@@ -110,9 +117,10 @@ def readers(folder: Path, source: Cache, rows: Sequence[int], skipped: list[str]
     return found
 
 
-def ours(cache: Cache, arrays: Sequence[str]) -> Reader:
+def ours(cache: Cache, arrays: Sequence[str], threads: int = 1) -> Reader:
     compressed = cache.manifest.compression == "zstd"
-    return Reader("kdcache", compressed, cache.path, lambda g: read_stored(cache, g, arrays, 1))
+    name = "kdcache" if threads == 1 else f"kdcache, {threads} threads"
+    return Reader(name, compressed, cache.path, lambda g: read_stored(cache, g, arrays, threads))
 
 
 def floor(cache: Cache, arrays: Sequence[str]) -> Reader:
@@ -300,43 +308,86 @@ def measure(reader: Reader, count: int, batch_size: int) -> dict[str, float]:
     return found
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
-@click.argument("cache", type=click.Path(path_type=Path, exists=True))
-@click.option("--rows", "count", default=96, help="Rows that are stored; a small cache's repeat.")
-@click.option("--batch-size", default=4)
-@click.option("--rounds", default=3, help="Medians are of so many.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="File for the numbers.")
-def main(cache: Path, count: int, batch_size: int, rounds: int, json_path: Path | None) -> None:
-    """Print a Markdown table for docs/log.md."""
+def compare(
+    cache: Path, count: int, batch_size: int, rounds: int, throttle_mb_s: float | None = None
+) -> dict[str, dict[str, float]]:
+    """For each reader its rates, rows a second, and bytes on disk; those that are absent are named."""
     keep_freed_memory()
     source, skipped = Cache(cache), list[str]()
     count -= count % batch_size
-    with tempfile.TemporaryDirectory(dir=cache.parent) as folder:
+    found: dict[str, list[dict[str, float]]] = {}
+    with tempfile.TemporaryDirectory(dir=cache.resolve().parent) as folder:
         rows = list(islice(cycle(range(len(source))), count))
         all_readers = readers(Path(folder), source, rows, skipped)
-        found: dict[str, list[dict[str, float]]] = {}
+        os.environ["THROTTLE_FOLDER"] = folder
         for number in range(rounds):
             for reader in all_readers:
                 click.echo(f"round {number + 1}/{rounds}, {reader.name} …", err=True)
                 name = f"{reader.name}, {'zstd' if reader.compressed else 'uncompressed'}"
                 found.setdefault(name, []).append(measure(reader, count, batch_size))
         shutil.rmtree(folder, ignore_errors=True)
-    table = {
+    rates = {
         name: {key: median(one[key] for one in times) for key in times[0]}
         for name, times in found.items()
     }
-    for text in skipped:
+    if throttle_mb_s is not None:
+        for name, one in list(rates.items()):
+            possible = throttle_mb_s * 1e6 / (one["disk"] / count)
+            if one["first, warm"] > 1.1 * possible:
+                skipped.append(f"{name}: its reads are not throttled")
+                del rates[name]
+    for text in dict.fromkeys(skipped):
         click.echo(f"not measured: {text}", err=True)
-    click.echo(f"{count} rows, batches of {batch_size}, one thread; rows/s\n")
+    return rates
+
+
+def table(found: dict[str, dict[str, float]], count: int) -> str:
+    """Markdown for docs/log.md."""
     columns = ["first, cold", "first, warm", "in order", "at random"]
-    click.echo("| stored as | MB/row | after | " + " | ".join(columns) + " |")
-    click.echo("| --- |" + " ---: |" * (len(columns) + 2))
-    for name, one in table.items():
+    rows = ["| stored as | MB/row | after | " + " | ".join(columns) + " |"]
+    rows.append("| --- |" + " ---: |" * (len(columns) + 2))
+    for name, one in found.items():
         sizes = [f"{one[key] / count / 1e6:.2f}" for key in ("disk", "disk after")]
         cells = [*sizes, *(f"{one[key]:.0f}" for key in columns)]
-        click.echo(f"| {name} | " + " | ".join(cells) + " |")
+        rows.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def throttled_again(speed_mb_s: float) -> int:
+    """Run this command again with reads of that speed; returns its exit status."""
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "throttle.so"
+        source = Path(__file__).with_name("throttle.c")
+        compiler = ["cc", "-O2", "-shared", "-fPIC", "-o", str(library), str(source), "-ldl"]
+        subprocess.run(compiler, check=True)
+        environment = os.environ | {"LD_PRELOAD": str(library), "THROTTLE_MB_S": str(speed_mb_s)}
+        return subprocess.run([sys.executable, *sys.argv], env=environment, check=False).returncode
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.argument("cache", type=click.Path(path_type=Path, exists=True))
+@click.option("--rows", "count", default=96, help="Rows that are stored; a small cache's repeat.")
+@click.option("--batch-size", default=4)
+@click.option("--rounds", default=3, help="Medians are of so many.")
+@click.option("--throttle", type=float, metavar="MB/S", help="Storage of this speed.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="File for the numbers.")
+def main(
+    cache: Path,
+    count: int,
+    batch_size: int,
+    rounds: int,
+    throttle: float | None,
+    json_path: Path | None,
+) -> None:
+    """Print a Markdown table for docs/log.md."""
+    if throttle and "THROTTLE_MB_S" not in os.environ:
+        sys.exit(throttled_again(throttle))
+    found = compare(cache, count, batch_size, rounds, throttle)
+    storage = f", storage of {throttle:g} MB/s" if throttle else ""
+    click.echo(f"{count} rows, batches of {batch_size}{storage}; rows/s\n")
+    click.echo(table(found, count))
     if json_path is not None:
-        json_path.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+        json_path.write_text(json.dumps(machine() | {"rows/s": found}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,13 @@
     .venv/bin/python benchmarks/online_vs_cached.py [--size 128 --images 4 --batch-size 2 --steps 2]
 
 Needs no download: the detector has random weights and YOLOv9-E's cost up to the tap, the teacher is
-the real EfficientNet-B3 UNet with random weights, the scenes are drawn. CPU only, float32. Bytes per
-row of random weights are not those of real models.
+the real EfficientNet-B3 UNet with random weights, the scenes are drawn. float32. Bytes per row of
+random weights are not those of real models.
+
+The online loop is a fair one: what the frozen networks give stays on the device. On a GPU a second
+one takes the features through the host, as a loop does that runs ONNX Runtime with numpy arrays.
+With --runs N it also times N whole runs with other loss weights, the extraction counted to the
+cached ones.
 
 Whole epochs alternate, cached then online, and medians are compared, so that a drifting machine
 slows both. Steps must not alternate: the loader's threads would decode the next batches while the
@@ -22,13 +27,11 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
-import platform
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from datetime import date
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -37,8 +40,8 @@ from unittest import mock
 import click
 import numpy as np
 import onnx
-import onnxruntime
 import torch
+from machine import line, machine
 from onnx import helper, numpy_helper, shape_inference
 
 from kdcache.allocator import keep_freed_memory
@@ -47,20 +50,22 @@ from kdcache.cache.info import describe
 from kdcache.cache.reader import Cache
 from kdcache.config import ExtractConfig, TrainConfig, validated
 from kdcache.errors import KdcacheError
-from kdcache.pixels import normalised
+from kdcache.pixels import normalised, on_device
 from kdcache.precompute.dataset import Sample, folder_dataset
 from kdcache.precompute.extract import extract
 from kdcache.precompute.job import open_teacher, open_yolo
+from kdcache.precompute.onnx_session import Device
 from kdcache.precompute.sources import Tally, prepare
 from kdcache.precompute.teacher import Teacher
 from kdcache.precompute.yolo import Yolo
 from kdcache.standins import TAP, _save, _tensor, save_scenes
 from kdcache.train import Batch, batches
 from kdcache.train.parallel import Processes
-from kdcache.train.step import Trainee, take_step, untrained_state
+from kdcache.train.step import take_step, trained_model, untrained_state
 from kdcache.train.student import Projection, _unet, build_student
 
 DETECTOR, TEACHER = "detector.onnx", "teacher.ckpt"
+THROUGH_HOST = "online, features through the host"
 SCENE_SIZE_PX = (480, 640)  # (height, width): COCO's usual, unlike the input, so it is resized
 
 # Var(weight)·fan_in that keeps the scale of activations through SiLU: 1/E[silu(x)²], x ~ N(0, 1).
@@ -155,50 +160,87 @@ def save_teacher(path: Path, encoder: str) -> None:
 class _Clock:
     """Seconds spent in each named part."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
         self.seconds: defaultdict[str, float] = defaultdict(float)
+        self._on_gpu = device == "cuda"
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
+        started = self._now()
         yield
-        self.seconds[name] += time.perf_counter() - started
+        self.seconds[name] += self._now() - started
+
+    def _now(self) -> float:
+        if self._on_gpu:
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
 
-def online_batches(
-    yolo: Yolo,
-    teacher: Teacher,
-    samples: Sequence[Sample],
-    settings: ExtractConfig,
-    batch_size: int,
-    clock: _Clock,
-) -> Iterator[Batch]:
-    """The epoch that `batches` reads from the cache, made from the image files."""
-    for start in range(0, len(samples), batch_size):
-        chosen = samples[start : start + batch_size]
-        with clock.part("data"):
-            todo = [(RowKey("train", sample.sample_id, 0), sample) for sample in chosen]
-            tally = Tally(strict=True)
-            rows = list(prepare(todo, settings.size, settings.resize, 2, tally))
-            images_NHWC = np.stack([row.image for row in rows])
-            masks_NHW = np.stack([row.mask for row in rows])
-            pixels = normalised(torch.from_numpy(images_NHWC))
-        with clock.part("detector"):
-            features = torch.from_numpy(yolo.features(images_NHWC))
-        with clock.part("teacher"):
-            logits = torch.from_numpy(teacher.logits(images_NHWC))[:, None]
-        mask = torch.from_numpy(masks_NHW)[:, None]
-        yield Batch(
-            image=pixels,
-            mask=mask,
-            logits=logits,
-            features={TAP: features},
-            keys=[row.key for row in rows],
-        )
+@dataclass(frozen=True, kw_only=True)
+class _Online:
+    """Both frozen networks and the photos they are run on."""
+
+    yolo: Yolo
+    teacher: Teacher
+    samples: Sequence[Sample]
+    settings: ExtractConfig
+    batch_size: int
+    device: str
+
+    def batches(self, clock: _Clock, through_host: bool = False) -> Iterator[Batch]:
+        """The epoch that `batches` reads from the cache, made from the image files."""
+        size_px, resize = self.settings.size, self.settings.resize
+        for start in range(0, len(self.samples), self.batch_size):
+            chosen = self.samples[start : start + self.batch_size]
+            with clock.part("data"):
+                todo = [(RowKey("train", sample.sample_id, 0), sample) for sample in chosen]
+                rows = list(prepare(todo, size_px, resize, 2, Tally(strict=True)))
+                images_NHWC = np.stack([row.image for row in rows])
+                masks_NHW = np.stack([row.mask for row in rows])
+                pixels = normalised(on_device(images_NHWC, self.device))
+                mask = on_device(masks_NHW, self.device)[:, None]
+            with clock.part("detector"):
+                features = torch.as_tensor(self.yolo.features(images_NHWC))
+                if through_host:
+                    features = features.cpu().to(self.device)
+            with clock.part("teacher"):
+                logits = self.teacher._network(pixels)
+            yield Batch(
+                image=pixels,
+                mask=mask,
+                logits=logits,
+                features={TAP: features},
+                keys=[row.key for row in rows],
+            )
+
+
+class _Trained:
+    """A student and projection that are trained."""
+
+    def __init__(self, cache: Cache, config: TrainConfig, device: str) -> None:
+        torch.manual_seed(config.seed)
+        student = build_student(config.student_encoder, "random").to(device)
+        channels = cache.tap(TAP).shape[0]
+        projection = Projection(student.tap_channels, config.projection_hidden_dim, channels)
+        self._config = config
+        self._state = untrained_state(student, projection.to(device), config, device)
+        self._model = trained_model(self._state, config, Processes()).train()
+
+    def step(self, batch: Batch) -> None:
+        """One update."""
+        config = self._config
+        take_step(self._model, self._state, [batch], config, config.temperature, Processes())
 
 
 def measure(
-    folder: Path, settings: ExtractConfig, config: TrainConfig, images: int, steps: int
+    folder: Path,
+    settings: ExtractConfig,
+    config: TrainConfig,
+    *,
+    images: int,
+    steps: int,
+    runs: int,
+    device: str,
 ) -> dict[str, Any]:
     """What the table shows; times are seconds per image, medians over the epochs."""
     _say("making the models and the scenes")
@@ -206,65 +248,117 @@ def measure(
     save_teacher(folder / TEACHER, settings.teacher_encoder)
     save_scenes(folder / "scenes", images, *SCENE_SIZE_PX)
     dataset = folder_dataset(folder / "scenes/images", folder / "scenes/masks")
-    samples, size = dataset.samples, config.batch_size
-    yolo = open_yolo(settings, settings.yolo_target_layer, "cpu", settings.size)
-    teacher = open_teacher(settings, "cpu", settings.size)
+    yolo = open_yolo(settings, settings.yolo_target_layer, device, settings.size)
+    teacher = open_teacher(settings, device, settings.size)
+    online = _Online(
+        yolo=yolo,
+        teacher=teacher,
+        samples=dataset.samples,
+        settings=settings,
+        batch_size=config.batch_size,
+        device=device,
+    )
 
     _say(f"extracting {images} images")
     # With models already loaded, as loading is paid once for a dataset of any size.
     with mock.patch("kdcache.precompute.job._load_models", return_value=(yolo, teacher)):
-        extraction = extract(settings, dataset, folder / "cache.zarr", device="cpu")
+        extraction = extract(settings, dataset, folder / "cache.zarr", device=_frozen(device))
     cache = Cache(folder / "cache.zarr")
-    torch.manual_seed(config.seed)
-    student = build_student(config.student_encoder, "random")
-    channels = cache.tap(TAP).shape[0]
-    projection = Projection(student.tap_channels, config.projection_hidden_dim, channels)
-    state = untrained_state(student, projection, config, "cpu")
-    model = Trainee(student, projection).train()
-
-    def step(batch: Batch) -> None:
-        take_step(model, state, [batch], config, config.temperature, Processes())
+    trained = _Trained(cache, config, device)
 
     def source(kind: str, clock: _Clock) -> Iterator[Batch]:
-        if kind == "online":
-            return online_batches(yolo, teacher, samples, settings, size, clock)
-        return batches(cache, size, "cpu", taps=[TAP], shuffle=False)  # in the online order
+        if kind == "cached":  # in the online order
+            return batches(cache, config.batch_size, device, taps=[TAP], shuffle=False)
+        return online.batches(clock, through_host=kind == THROUGH_HOST)
 
     _say("warming up")
-    first = [next(source(kind, _Clock())) for kind in ("cached", "online")]
-    _refuse_different(*first)
+    kinds = ["cached", "online", *([THROUGH_HOST] if device == "cuda" else [])]
+    first = [next(source(kind, _Clock(device))) for kind in kinds]
+    _refuse_different(*first[:2])
     for batch in first:
-        step(batch)
-    clocks: dict[str, list[_Clock]] = {"cached": [], "online": []}
-    epochs = math.ceil(steps / math.ceil(images / size))
+        trained.step(batch)
+    clocks: dict[str, list[_Clock]] = {kind: [] for kind in kinds}
+    epochs = math.ceil(steps / math.ceil(images / config.batch_size))
     for epoch in range(epochs):
         for kind, finished in clocks.items():
             _say(f"epoch {epoch + 1}/{epochs}, {kind}")
-            finished.append(clock := _Clock())
+            finished.append(clock := _Clock(device))
             with clock.part("total"):
                 for batch in source(kind, clock):
                     with clock.part("student"):
-                        step(batch)
+                        trained.step(batch)
     seconds = {
-        f"{part}_{kind}_s": median(clock.seconds[part] for clock in finished) / images
+        f"{part}_{_key(kind)}_s": median(clock.seconds[part] for clock in finished) / images
         for kind, finished in clocks.items()
         for part in finished[0].seconds
     }
     # The loader keeps no clock: an epoch waits for it whenever it is not in a step.
     seconds["data_cached_s"] = seconds["total_cached_s"] - seconds["student_cached_s"]
     saved_s = seconds["total_online_s"] - seconds["total_cached_s"]
+    models_s = seconds["detector_online_s"] + seconds["teacher_online_s"]
+    step_s = seconds["student_online_s"]
+    ratio = seconds["total_online_s"] / seconds["total_cached_s"]
+    bound = (models_s + step_s) / step_s
     parameters, flops = cost(folder / DETECTOR, settings.size)
     return {
         "detector_parameters": parameters,
         "detector_flops": flops,
         "epochs": epochs,
         **seconds,
-        "online_over_cached": seconds["total_online_s"] / seconds["total_cached_s"],
+        "online_over_cached": ratio,
+        "bound": bound,
+        "of_bound": ratio / bound,
+        "extraction_of_models": models_s * extraction.images_per_s,
         # without the first look: four to eight photos nine times, of whatever number there is
         "extraction_s": 1 / extraction.images_per_s,
         "cache_bytes": describe(cache)["bytes_per_row"],
         "break_even_epochs": 1 / extraction.images_per_s / saved_s if saved_s > 0 else None,
+        "runs": runs,
+        **_timed_runs(
+            cache, config, runs, epochs, device, source, images / extraction.images_per_s
+        ),
     }
+
+
+def _timed_runs(
+    cache: Cache,
+    config: TrainConfig,
+    runs: int,
+    epochs: int,
+    device: str,
+    source: Callable[[str, _Clock], Iterator[Batch]],
+    extraction_s: float,
+) -> dict[str, float]:
+    """Whole runs, each from a fresh student with a feature weight of its own, cached and online."""
+    seconds = {"cached": 0.0, "online": 0.0}
+    for number in range(runs):
+        for kind in seconds:
+            _say(f"run {number + 1}/{runs}, {kind}")
+            clock = _Clock(device)
+            with clock.part("run"):
+                trained = _Trained(
+                    cache, config.model_copy(update={"feature_weight": 0.25 * (number + 1)}), device
+                )
+                for _ in range(epochs):
+                    for batch in source(kind, clock):
+                        trained.step(batch)
+            seconds[kind] += clock.seconds["run"]
+    if not runs:
+        return {}
+    cached_s = extraction_s + seconds["cached"]
+    return {
+        "runs_online_s": seconds["online"],
+        "runs_cached_s": cached_s,
+        "runs_online_over_cached": seconds["online"] / cached_s,
+    }
+
+
+def _key(kind: str) -> str:
+    return kind.replace(",", "").replace(" ", "_")
+
+
+def _frozen(device: str) -> Device:
+    return "cuda" if device == "cuda" else "cpu"
 
 
 def _refuse_different(cached: Batch, online: Batch) -> None:
@@ -281,38 +375,37 @@ def _close(x: torch.Tensor, y: torch.Tensor) -> bool:
     return bool((x - y).square().mean() <= 1e-3 * y.var())
 
 
-def _header(settings: ExtractConfig, config: TrainConfig, images: int) -> dict[str, str | int]:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "date": date.today().isoformat(),
-        "cpu": models[0] if models else platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "load": f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "onnxruntime": onnxruntime.__version__,
-        "size_px": settings.size,
-        "images": images,
-        "batch_size": config.batch_size,
-    }
-
-
-def _table(found: dict[str, Any]) -> str:
+def table(found: dict[str, Any]) -> str:
     """Markdown, to be pasted into docs/log.md."""
-    rows = ["| per image | online | cached | online / cached |", "| --- | ---: | ---: | ---: |"]
+    kinds = ["online", "cached"]
+    if f"total_{_key(THROUGH_HOST)}_s" in found:
+        kinds.insert(1, THROUGH_HOST)
+    parameters, flops = found["detector_parameters"], found["detector_flops"]
+    rows = [f"detector: {parameters / 1e6:.1f} M parameters, {flops / 1e9:.1f} GFLOPs\n"]
+    rows += [f"| per image | {' | '.join(kinds)} | online / cached |"]
+    rows.append("| --- |" + " ---: |" * (len(kinds) + 1))
     titles = {"data": "data wait", "student": "student step", "total": "step, total"}
     for part in ("data", "detector", "teacher", "student", "total"):
-        pair = [found.get(f"{part}_{kind}_s") for kind in ("online", "cached")]
-        shown = [f"{value:.3f} s" if value is not None else "" for value in pair]
-        ratio = f"{pair[0] / pair[1]:.2f}" if pair[0] and pair[1] else ""
+        of_kind = {kind: found.get(f"{part}_{_key(kind)}_s") for kind in kinds}
+        shown = [f"{value:.3f} s" if value is not None else "" for value in of_kind.values()]
+        online_s, cached_s = of_kind["online"], of_kind["cached"]
+        ratio = f"{online_s / cached_s:.2f}" if online_s and cached_s else ""
         rows.append(f"| {' | '.join([titles.get(part, part), *shown, ratio])} |")
-    rows.append(f"| extraction, once | | {found['extraction_s']:.3f} s | |")
-    rows.append(f"| bytes in the cache | | {found['cache_bytes']:,.0f} | |")
     epochs = found["break_even_epochs"]
-    rows.append(f"| break-even, epochs | | {f'{epochs:.2f}' if epochs else 'never'} | |")
-    return "\n".join(rows)
+    facts = {
+        "bound of the ratio, (detector + teacher + step) / step": f"{found['bound']:.2f}",
+        "online / cached, of that bound": f"{found['of_bound']:.3f}",
+        "extraction, once": f"{found['extraction_s']:.3f} s an image",
+        "extraction, of the bare models' rate": f"{found['extraction_of_models']:.3f}",
+        "bytes in the cache": f"{found['cache_bytes']:,.0f} an image",
+        "break-even, epochs": f"{epochs:.2f}" if epochs else "never",
+    }
+    if found["runs"]:
+        ratio = found["runs_online_over_cached"]
+        facts[f"{found['runs']} runs of {found['epochs']} epochs, extraction included"] = (
+            f"{found['runs_online_s']:.0f} s online, {found['runs_cached_s']:.0f} s cached: {ratio:.2f}"
+        )
+    return "\n".join([*rows, "", *(f"- {name}: {value}" for name, value in facts.items())])
 
 
 def _say(text: str) -> None:
@@ -324,10 +417,19 @@ def _say(text: str) -> None:
 @click.option("--images", type=click.IntRange(1), default=8, help="Images of an epoch.")
 @click.option("--batch-size", type=click.IntRange(1), default=4, help="Images a step.")
 @click.option("--steps", type=click.IntRange(1), default=4, help="Steps of each kind, in epochs.")
+@click.option("--runs", type=click.IntRange(0), default=0, help="Whole runs of as many epochs.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu")
 @click.option("--keep", type=click.Path(path_type=Path), help="New folder for files to be kept.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="File for the numbers.")
 def main(
-    size: int, images: int, batch_size: int, steps: int, keep: Path | None, json_path: Path | None
+    size: int,
+    images: int,
+    batch_size: int,
+    steps: int,
+    runs: int,
+    device: str,
+    keep: Path | None,
+    json_path: Path | None,
 ) -> None:
     """Time epochs from a cache against epochs that run both frozen networks in every step.
 
@@ -339,20 +441,26 @@ def main(
     with contextlib.ExitStack() as stack:
         folder = keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(parents=True, exist_ok=True)
-        models = {"yolo_onnx_path": folder / DETECTOR, "teacher_checkpoint": folder / TEACHER}
-        config = TrainConfig(encoder_weights="random", batch_size=batch_size)
+        given = {"size_px": size, "images": images, "batch_size": batch_size, "device": device}
+        header = machine() | {name: str(value) for name, value in given.items()}
         try:
-            settings = validated(ExtractConfig, {**models, "size": size})
-            header = _header(settings, config, images)
-            found = measure(folder, settings, config, images, steps)
+            found = compared(
+                folder, size, batch_size, images=images, steps=steps, runs=runs, device=device
+            )
         except KdcacheError as error:
             raise click.ClickException(str(error)) from error
-    click.echo(", ".join(f"{name} {value}" for name, value in header.items()))
-    parameters, flops = found["detector_parameters"], found["detector_flops"]
-    click.echo(f"detector: {parameters / 1e6:.1f} M parameters, {flops / 1e9:.1f} GFLOPs\n")
-    click.echo(_table(found))
+    click.echo(line(header) + "\n")
+    click.echo(table(found))
     if json_path is not None:
         json_path.write_text(json.dumps(header | found, indent=2) + "\n", encoding="utf-8")
+
+
+def compared(folder: Path, size: int, batch_size: int, **options: Any) -> dict[str, Any]:
+    """`measure` at these sizes, files in `folder`; raises KdcacheError."""
+    models = {"yolo_onnx_path": folder / DETECTOR, "teacher_checkpoint": folder / TEACHER}
+    settings = validated(ExtractConfig, {**models, "size": size})
+    config = TrainConfig(encoder_weights="random", batch_size=batch_size)
+    return measure(folder, settings, config, **options)
 
 
 if __name__ == "__main__":

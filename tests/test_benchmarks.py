@@ -1,11 +1,14 @@
 """Every benchmark runs as its first lines say, at a size that takes seconds."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
@@ -18,18 +21,54 @@ def run(*arguments):
     return done.stdout
 
 
-@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)
+COMMANDS = sorted(path for path in FOLDER.glob("*.py") if "__main__" in path.read_text())
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.stem)
 def test_starts(path):
     assert "--help" in run(path, "--help")
 
 
-def test_online_and_cached_are_timed(tmp_path):
-    table = run(
-        FOLDER / "online_vs_cached.py",
-        *["--size", "64", "--images", "2", "--batch-size", "1", "--steps", "2", "--json"],
-        tmp_path / "found.json",
-    )
-    assert "| student step |" in table
+def test_all_comparisons_come_out_of_one_run(tmp_path):
+    sizes = ["--size", 64, "--images", 2, "--batch-size", 1, "--steps", 2, "--runs", 2]
+    tables = run(FOLDER / "suite.py", *sizes, "--rows", 4, "--json", tmp_path / "found.json")
+    for part in (
+        "| student step |",
+        "2 runs of 1 epochs",
+        "loader",
+        "| memory map, uncompressed |",
+    ):
+        assert part in tables
     found = json.loads((tmp_path / "found.json").read_text())
-    assert found["online_over_cached"] > 0
-    assert found["detector_flops"] > 1e9
+    assert torch.__version__.startswith(found["machine"]["torch"])
+    assert found["epochs"]["detector_flops"] > 1e9
+    assert found["epochs"]["runs_online_over_cached"] > 0
+    assert found["loader"]["loader_of_floor"] > 0
+    assert found["formats"]["kdcache, zstd"]["at random"] > 0
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="throttle.c needs a C compiler")
+def test_throttled_reads_take_the_time_they_should(tmp_path):
+    """A reader through preadv, as kdcache's, and one through read, as Python's files."""
+    library, data = tmp_path / "throttle.so", tmp_path / "data"
+    data.write_bytes(bytes(2**20))
+    source = FOLDER / "throttle.c"
+    compiler = ["cc", "-Wall", "-Werror", "-shared", "-fPIC", "-o", library, source, "-ldl"]
+    subprocess.run(compiler, check=True)
+    timed = (
+        "import os, sys, time\n"
+        "started = time.perf_counter()\n"
+        "open(sys.argv[1], 'rb', buffering=0).read()\n"
+        "read = time.perf_counter()\n"
+        "os.preadv(os.open(sys.argv[1], os.O_RDONLY), [bytearray(2**20)], 0)\n"
+        "print(read - started, time.perf_counter() - read)\n"
+    )
+    environment = os.environ | {"LD_PRELOAD": str(library), "THROTTLE_MB_S": "5"}
+    done = subprocess.run(
+        [sys.executable, "-c", timed, data],
+        env=environment | {"THROTTLE_FOLDER": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert all(float(seconds) >= 2**20 / 5e6 for seconds in done.stdout.split())
