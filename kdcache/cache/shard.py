@@ -165,7 +165,7 @@ def index_bytes(slots: int) -> int:
 
 def chunk_range(index: NDArray[np.uint64], slot: int, size_bytes: int) -> tuple[int, int]:
     """Offset and length of a slot's chunk in a file of `size_bytes`."""
-    offset, length = (int(value) for value in index[slot])
+    offset, length = index[slot].tolist()
     if offset == _EMPTY or offset + length > size_bytes:
         raise DamagedError(f"slot {slot} of the shard holds no row")
     return offset, length
