@@ -237,7 +237,9 @@ def _train_epoch(run: Run, model: nn.Module, state: State, epoch: int) -> dict[s
         save_progress(run.out, state)  # validation may take long
     seconds = time.monotonic() - started
     waited = sum(waits[1:])  # nothing can be read ahead of an epoch's first step
-    if len(todo) >= _JUDGED_STEPS and waited > _DATA_WAIT * seconds:
+    judged = len(todo) >= _JUDGED_STEPS and "data wait" not in run.said
+    if judged and waited > _DATA_WAIT * seconds:
+        run.said.add("data wait")
         log.warning("%s", _waited_words(tally, waited, seconds))
     return {
         "images_per_s": (state.sums["images"] - before) / seconds,
@@ -254,11 +256,13 @@ def _waited_words(tally: Tally, data_wait_s: float, seconds: float) -> str:
         f"{megabytes(needed)}/s, the storage gave {megabytes(tally.bytes_per_s)}/s"
     )
     if tally.bytes_per_s < needed:
-        return text + "; put the cache on a faster disk, or extract it at fewer bits"
-    return text + (
-        ", so it is decompressing and decoding that cannot keep up: a cache of --compression lz4 or "
-        "none takes less of it"
-    )
+        text += "; put the cache on a faster disk, or extract it at fewer bits"
+    else:
+        text += (
+            ", so it is decompressing and decoding that cannot keep up: a cache of --compression lz4 "
+            "or none takes less of it"
+        )
+    return text + " (each epoch's is data_wait_ms in metrics.jsonl)"
 
 
 def _take_step(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +46,7 @@ class Run:
     train_rows: Sequence[int]
     val_rows: Sequence[int]
     progress: bool
+    said: set[str] = field(default_factory=set)  # what need not be said again in each epoch
 
     @property
     def taps(self) -> list[str]:
