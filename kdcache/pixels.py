@@ -7,6 +7,8 @@ may be off by one unit in the last place from what the host computes.
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -16,7 +18,7 @@ from kdcache.imaging import IMAGENET_MEAN, IMAGENET_STD, U8
 
 
 def on_device(images_NHWC: U8, device: str | torch.device) -> Tensor:
-    """The same uint8 pixels as a tensor; to a GPU through pinned memory, and nobody waits for it."""
+    """The same uint8 pixels as a tensor; to a GPU through pinned memory, without waiting for it."""
     pixels = torch.from_numpy(np.ascontiguousarray(images_NHWC))
     if torch.device(device).type == "cpu":
         return pixels
@@ -30,16 +32,21 @@ def planes(images_NHWC: Tensor) -> Tensor:
 
 def scaled(images_NHWC: Tensor, over: float = 255) -> Tensor:
     """uint8 pixels as (N, 3, H, W) float32, divided by `over`."""
-    return planes(images_NHWC).div_(torch.tensor(over, device=images_NHWC.device))
+    return planes(images_NHWC).div_(_constant((over,), images_NHWC.device))
 
 
 def normalised(images_NHWC: Tensor) -> Tensor:
     """uint8 RGB pixels as the ImageNet-normalised (N, 3, H, W) float32 input of the UNets."""
     mean_C11, std_C11 = (
-        torch.tensor(of_channels, device=images_NHWC.device)[:, None, None]
-        for of_channels in (IMAGENET_MEAN, IMAGENET_STD)
+        _constant(of_channels, images_NHWC.device) for of_channels in (IMAGENET_MEAN, IMAGENET_STD)
     )
     return scaled(images_NHWC).sub_(mean_C11).div_(std_C11)
+
+
+@cache
+def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """(n, 1, 1) float32, once a device: the host waits for such a copy."""
+    return torch.tensor(values, device=device)[:, None, None]
 
 
 def swapped(images_NHWC: Tensor) -> Tensor:

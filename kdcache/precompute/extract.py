@@ -111,6 +111,9 @@ def extract(
         _look(first, job, out, progress)
     elif job.todo:
         _refuse_if_too_much(_known_bytes(out), job, out)
+    size = batch_size or DEFAULT_BATCH[job.device]
+    if job.todo:
+        warm_up(job, size)
     with StopRequest().listening() as stop, CacheWriter(out, job.manifest) as writer:
         _refuse_if_overtaken(job, writer, out)
         committed = [(sample, job.known[key]) for key, sample in job.planned if key in job.known]
@@ -120,15 +123,15 @@ def extract(
         writer.expect(len(job.todo))
         before = len(writer.committed)
         rows = itertools.chain(first, prepared)
-        size = batch_size or DEFAULT_BATCH[job.device]
 
         def facts() -> list[str]:
             return [megabytes(writer.bytes_written), f"{len(tally.skipped)} skipped"]
 
         with Progress("extract", len(job.todo), "image", shown=progress, facts=facts) as bar:
             run(rows, job.yolo, job.teacher, writer, size, tally, bar, stop, stages)
+        with stages.busy(WRITE):
+            writer.commit()
         times = stages.times()
-        writer.commit()
         total = len(writer.committed)
         remarks = Remarks(
             skipped=tally.skipped,
@@ -161,11 +164,12 @@ def extract(
 
 
 def _refuse_if_overtaken(job: Job, writer: CacheWriter, out: Path) -> None:
-    """The rows to do were listed before the cache was this process's alone."""
-    if any(key in writer.committed for key, _ in job.todo):
+    """What is to be done, and whether it is in another split, was told by the rows known before the
+    cache was this process's alone."""
+    if writer.committed != job.known.keys():
         raise CacheError(
             f"another process has added rows to {out} while this one loaded its models; run the same "
-            "command again for those that are missing"
+            "command again, which looks at them first"
         )
 
 
@@ -251,6 +255,21 @@ def _batched(rows: Iterable[Prepared], size: int) -> Iterator[list[Prepared]]:
         yield batch
 
 
+def warm_up(job: Job, batch_size: int) -> None:
+    """Run both models once at the size of the batches to come, before any clock.
+
+    On a GPU that chooses kernels, with TensorRT it builds an engine for minutes; on the CPU it does
+    nothing but cost a batch.
+    """
+    if job.device == "cpu":
+        return
+    images = np.zeros((batch_size, job.manifest.size_px, job.manifest.size_px, 3), np.uint8)
+    if job.yolo is not None:
+        job.yolo.features(images)
+    if job.teacher is not None:
+        job.teacher.logits(images)
+
+
 def _encode(
     writer: CacheWriter,
     row: Prepared,
@@ -258,7 +277,7 @@ def _encode(
     logits_HW: codecs.F32 | None,
     stages: Stages,
 ) -> EncodedRow:
-    with stages.busy(ENCODE):
+    with stages.busy(ENCODE), device_memory("encoding a row", "lower --batch-size"):
         arrays = row_arrays(row, feature_CHW, logits_HW, writer.manifest)
     with stages.busy(COMPRESS):
         return writer.encoded(row.key, arrays)

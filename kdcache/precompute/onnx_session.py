@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import importlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -35,14 +36,28 @@ _CUDA_OPTIONS = {
     "arena_extend_strategy": "kSameAsRequested",
     "use_tf32": "0",
 }
+_LIBRARIES = {
+    "cuda": "check the driver and the CUDA libraries (onnxruntime-gpu uses those of the installed torch, "
+    "both must be built for one CUDA version)",
+    "tensorrt": "check that TensorRT is installed, of the version that this onnxruntime-gpu was built for "
+    "(`pip install tensorrt`, or libnvinfer on the loader's path)",
+}
 _TF32_VARIABLE = "NVIDIA_TF32_OVERRIDE"
 
 
 def resolve_device(device: Device) -> str:
-    """`cpu`, `cuda` or `tensorrt`; auto is CUDA when torch sees a GPU."""
-    if device != "auto":
-        return device
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """`cpu`, `cuda` or `tensorrt`; auto is CUDA when torch sees a GPU.
+
+    Raises ProviderError when one is asked for that torch does not see.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device != "cpu" and not torch.cuda.is_available():
+        raise ProviderError(
+            f"--device {device}: torch {torch.__version__} sees no CUDA device; check the driver "
+            "(nvidia-smi), or use --device cpu"
+        )
+    return device
 
 
 def torch_device(device: str) -> str:
@@ -61,9 +76,12 @@ class OnnxNetwork:
     def __init__(self, model: bytes, path: Path, device: str, size_px: int) -> None:
         self._path = path
         self.device = torch_device(device)
-        self._through_host = self.device == "cpu"
-        self._shape: torch.Size | None = None  # of an image's output, once one was computed
         self._session = _open_session(model, path, device)
+        # results of other types, such as float64, are converted there
+        self._through_host = (
+            self.device == "cpu" or self._session.get_outputs()[0].type not in _DTYPES
+        )
+        self._shape: torch.Size | None = None  # of an image's output, once one was computed
         inputs = self._session.get_inputs()
         if len(inputs) != 1:
             names = ", ".join(f"{i.name} {i.shape}" for i in inputs)
@@ -139,7 +157,7 @@ class OnnxNetwork:
             )
         return outputs
 
-    @contextmanager
+    @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
         try:
             with device_memory(f"running {self._path.name}", "lower --batch-size or --size"):
@@ -162,6 +180,7 @@ def _open_session(model: bytes, path: Path, device: str) -> Any:
             f"{', '.join(onnxruntime.get_available_providers())}); install onnxruntime-gpu and make "
             "sure the plain onnxruntime is not installed beside it, or use --device cpu"
         )
+    providers = _providers(model, device)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     if device == "cpu":
@@ -169,7 +188,9 @@ def _open_session(model: bytes, path: Path, device: str) -> Any:
         # a torch teacher: an extraction took 6 % longer, the model alone no less
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
-        session = onnxruntime.InferenceSession(model, options, providers=_providers(model, device))
+        session = onnxruntime.InferenceSession(
+            model, options, providers=providers, enable_fallback=0
+        )
     except Exception as error:  # ONNX Runtime's exceptions share no base
         why = " ".join(str(error).split())
         raise ModelError(f"{path}: ONNX Runtime cannot load it: {why}; {_told(model)}") from error
@@ -177,8 +198,7 @@ def _open_session(model: bytes, path: Path, device: str) -> Any:
     if active != wanted:
         raise ProviderError(
             f"--device {device}: {wanted} did not start, ONNX Runtime would run on {active}; "
-            "check the driver and the CUDA libraries (onnxruntime-gpu uses those of the installed "
-            "torch, both must be built for one CUDA version), or use --device cpu"
+            f"{_LIBRARIES[device]}, or use --device cpu"
         )
     return session
 
@@ -192,8 +212,18 @@ def _providers(model: bytes, device: str) -> list[tuple[str, dict[str, str]]]:
         return [cuda]
     # ONNX Runtime has no option for TensorRT's TF32, which is on (microsoft/onnxruntime#26029)
     os.environ.setdefault(_TF32_VARIABLE, "0")
+    with contextlib.suppress(
+        ImportError
+    ):  # pip's package loads its libraries, which ONNX Runtime finds
+        importlib.import_module("tensorrt")
     folder = engine_folder(model)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ProviderError(
+            f"--device tensorrt: cannot keep engines in {folder}: {error}; point XDG_CACHE_HOME to a "
+            "folder that can be written to"
+        ) from error
     tensorrt = {
         "trt_engine_cache_enable": "1",
         "trt_engine_cache_path": str(folder),
@@ -210,14 +240,18 @@ def engine_folder(model: bytes) -> Path:
     Of this graph, GPU, and versions only: an engine of others is refused by TensorRT, or worse, not.
     """
     made_of = [hashlib.sha256(model).hexdigest(), onnxruntime.__version__]
-    made_of += [torch.cuda.get_device_name(), _version("tensorrt"), os.environ[_TF32_VARIABLE]]
+    made_of += [torch.cuda.get_device_name(), os.environ[_TF32_VARIABLE]]
+    made_of += [_version(package) for package in ("tensorrt", "tensorrt-cu13", "tensorrt-cu12")]
     name = hashlib.sha256("\n".join(made_of).encode()).hexdigest()[:16]
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return root / "kdcache" / "tensorrt" / name
 
 
 def _version(package: str) -> str:
-    """Of TensorRT as a Python package; where it was installed otherwise, nothing."""
+    """Of TensorRT as a Python package; where it was installed otherwise, nothing.
+
+    Then a newer TensorRT refuses the old engines, and says so.
+    """
     try:
         return version(package)
     except PackageNotFoundError:

@@ -20,7 +20,7 @@ from kdcache.config import ExtractConfig, Precision
 from kdcache.errors import DatasetError
 from kdcache.precompute.check import Check, Seen, first_look, look
 from kdcache.precompute.dataset import Dataset, Sample
-from kdcache.precompute.extract import run
+from kdcache.precompute.extract import run, warm_up
 from kdcache.precompute.job import DEFAULT_BATCH, Job, bytes_per_row, open_job, stored_as
 from kdcache.precompute.need import Need, free, stored_bytes
 from kdcache.precompute.onnx_session import Device
@@ -183,6 +183,7 @@ def _image_s(
 ) -> float:
     """Seconds an image of the real thing, decoding to commit, on a cache that is thrown away."""
     tally = Tally(strict=False)
+    warm_up(job, batch_size)
     started = time.monotonic()
     rows = prepare(trial, config.size, config.resize, workers, tally)
     with (

@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 DECODE, DETECTOR, TEACHER = "decode photos", "detector", "teacher"
 ENCODE, COMPRESS, WRITE = "encode", "compress", "write"
-FOR_PHOTOS, FOR_WRITER = "waiting for photos", "waiting for the writer"
+FOR_PHOTOS, FOR_WRITER = "waiting for photos", "waiting for storing"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -78,8 +78,9 @@ class Teacher:
 
     def logits_of(self, images_NHWC: U8, form: Callable[[Tensor], Tensor]) -> F32:
         """The same where the network is given another form of the pixels than it expects."""
-        inputs = form(on_device(images_NHWC, self._network.device))
-        logits: F32 = self._network(inputs)[:, 0].cpu().numpy()
+        with device_memory("running the teacher", "lower --batch-size or --size"):
+            inputs = form(on_device(images_NHWC, self._network.device))
+            logits: F32 = self._network(inputs)[:, 0].cpu().numpy()
         return logits
 
 
@@ -108,13 +109,25 @@ def _logits_graph(path: Path, output: str) -> ModelProto:
 class _TorchNetwork:
     def __init__(self, network: torch.nn.Module, device: str) -> None:
         self.device = torch_device(device)
-        self._network = network.eval().requires_grad_(False).to(self.device)
+        with device_memory("loading the teacher", "use --device cpu"):
+            self._network = network.eval().requires_grad_(False).to(self.device)
 
     @torch.inference_mode()
     def __call__(self, inputs_NCHW: Tensor) -> Tensor:
-        with device_memory("running the teacher", "lower --batch-size or --size"):
+        with _float32_convolutions():
             outputs: Tensor = self._network(inputs_NCHW)
             return outputs.float()
+
+
+@contextmanager
+def _float32_convolutions() -> Iterator[None]:
+    """As ONNX Runtime is told: torch lets convolutions round to TF32 on a GPU, by default."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def load_checkpoint(path: Path, encoder: str) -> torch.nn.Module:

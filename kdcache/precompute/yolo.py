@@ -13,7 +13,7 @@ from torch import Tensor
 from kdcache.cache import codecs
 from kdcache.cache.layout import Group, TapSpec, whole
 from kdcache.config import YoloInput
-from kdcache.errors import ModelError, SampleError
+from kdcache.errors import ModelError, SampleError, device_memory
 from kdcache.imaging import U8
 from kdcache.pixels import on_device, yolo_input
 from kdcache.precompute.onnx_graph import model_sha256, pruned, read_model
@@ -51,8 +51,9 @@ class Yolo:
 
         `given_as` gives the detector another form of the pixels than it expects.
         """
-        pixels = on_device(images_NHWC, self._network.device)
-        features = self._network(yolo_input(pixels, given_as or self.expects))
+        with device_memory("running the detector", "lower --batch-size or --size"):
+            pixels = on_device(images_NHWC, self._network.device)
+            features = self._network(yolo_input(pixels, given_as or self.expects))
         if features.is_cuda:
             return features
         on_host: F32 = features.numpy()

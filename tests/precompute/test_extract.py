@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import threading
 import time
@@ -12,6 +13,7 @@ from conftest import SIZE, rows_equal
 
 from kdcache.cache.format import read_remarks
 from kdcache.cache.reader import Cache
+from kdcache.cache.writer import CacheWriter
 from kdcache.errors import (
     CacheError,
     ConfigError,
@@ -24,7 +26,11 @@ from kdcache.errors import (
 from kdcache.imaging import decode_image, place, resize_image
 from kdcache.precompute import extract as engine
 from kdcache.precompute.dataset import folder_dataset, split_of
+from kdcache.precompute.extract import extract
+from kdcache.precompute.job import open_job
 from kdcache.precompute.plan import plan
+from kdcache.precompute.sources import Tally
+from kdcache.precompute.stages import WRITE
 from kdcache.precompute.teacher import Teacher
 from kdcache.precompute.yolo import Yolo
 
@@ -85,6 +91,52 @@ def test_rows_that_another_process_added_meanwhile_are_not_added_twice(
         standins.extract(tmp_path / "c")
     assert standins.extract(tmp_path / "c").rows_added == 4
     assert rows_equal(Cache(tmp_path / "c"), cache)
+
+
+def test_photos_that_another_process_put_into_the_other_split_meanwhile_are_seen(
+    standins, tmp_path, monkeypatch
+):
+    look = engine._look
+
+    def overtaken(*arguments):
+        monkeypatch.setattr(engine, "_look", look)
+        extract(standins.config(), dataset, tmp_path / "c", split="val", device="cpu")
+        look(*arguments)
+
+    dataset = folder_dataset(standins.images, standins.masks)
+    monkeypatch.setattr(engine, "_look", overtaken)
+    with pytest.raises(CacheError, match="another process has added rows"):
+        extract(standins.config(), dataset, tmp_path / "c", device="cpu")
+    assert {key.split for key in Cache(tmp_path / "c").keys} == {"val"}
+
+
+def test_the_last_commit_belongs_to_the_time_of_writing(standins, tmp_path, monkeypatch):
+    commit = CacheWriter.commit
+
+    def slow(self):
+        time.sleep(0.2)
+        commit(self)
+
+    monkeypatch.setattr(CacheWriter, "commit", slow)
+    assert standins.extract(tmp_path / "c", limit=2).stages.busy_s[WRITE] >= 0.2
+
+
+def test_models_are_warmed_up_at_the_size_of_the_batches_where_that_matters(
+    standins, tmp_path, monkeypatch
+):
+    """On a GPU the first batch of a size chooses kernels, or builds an engine for minutes."""
+    dataset = folder_dataset(standins.images, standins.masks)
+    job = open_job(
+        standins.config(), dataset, tmp_path / "c", split="train", device="cpu", limit=None,
+        tally=Tally(strict=True),
+    )  # fmt: skip
+    seen = []
+    monkeypatch.setattr(Yolo, "features", lambda self, images: seen.append(images.shape))
+    monkeypatch.setattr(Teacher, "logits", lambda self, images: seen.append(images.shape))
+    engine.warm_up(job, 3)
+    assert seen == []
+    engine.warm_up(dataclasses.replace(job, device="cuda"), 3)
+    assert seen == [(3, SIZE, SIZE, 3)] * 2
 
 
 def test_rows_that_are_compressed_at_once_are_written_in_order(

@@ -58,6 +58,6 @@ def test_the_command_shows_the_table(standins, tmp_path):
     result = CliRunner().invoke(main, ["extract", *map(str, flags), "--device", "cpu"])
     assert result.exit_code == 0, result.output
     assert "what set the pace:" in result.stdout
-    for stage in ("decode photos", "detector", "compress", "write", "waiting for the writer"):
+    for stage in ("decode photos", "detector", "compress", "write", "waiting for storing"):
         assert stage in result.stdout
     assert "stage" not in CliRunner().invoke(main, ["extract", *map(str, flags)]).stdout

@@ -12,8 +12,9 @@ import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from onnxruntime.capi.onnxruntime_pybind11_state import EPFail
 
-from kdcache.errors import ModelError, ProviderError
+from kdcache.errors import DeviceMemoryError, ModelError, ProviderError
 from kdcache.precompute import onnx_session
 from kdcache.precompute.onnx_graph import model_sha256, pruned
 from kdcache.precompute.onnx_session import OnnxNetwork
@@ -180,6 +181,61 @@ def test_provider_that_is_not_there_or_not_active_is_an_error(standins, monkeypa
     monkeypatch.setattr(onnx_session.onnxruntime, "InferenceSession", lambda *a, **k: FellBack())
     with pytest.raises(ProviderError, match="did not start, .* would run on CPUExecutionProvider"):
         open_yolo(standins.detector, device="cuda")
+
+
+def test_a_provider_that_fails_while_it_runs_is_an_error_too(standins, monkeypatch):
+    """ONNX Runtime's Python class would open another session, on other providers, and go on."""
+    yolo = open_yolo(standins.detector)
+    inner = yolo._network._session._sess
+
+    class Failing:
+        def __getattr__(self, name):
+            return getattr(inner, name)
+
+        def run(self, *arguments):
+            raise EPFail("TensorRT EP failed to create engine")
+
+    monkeypatch.setattr(yolo._network._session, "_sess", Failing())
+    with pytest.raises(ModelError, match="failed to create engine"):
+        yolo.features(random_images(1))
+
+
+@pytest.mark.parametrize("device", ["cuda", "tensorrt"])
+def test_a_device_that_torch_does_not_see_is_one_clear_error(monkeypatch, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ProviderError, match=f"--device {device}: torch .* sees no CUDA device"):
+        onnx_session.resolve_device(device)
+
+
+def test_engines_that_cannot_be_kept_are_named_with_their_folder(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU")
+    with pytest.raises(ProviderError, match="cannot keep engines in .*XDG_CACHE_HOME"):
+        onnx_session._providers(b"graph", "tensorrt")
+
+
+def test_outputs_of_other_types_take_the_way_through_the_host(tmp_path):
+    save_identity(tmp_path / "m.onnx")
+    model = onnx.load(tmp_path / "m.onnx")
+    model.graph.node.append(helper.make_node("Cast", ["pooled"], ["wide"], to=TensorProto.DOUBLE))
+    onnx.save(model, tmp_path / "m.onnx")
+    network = open_yolo(tmp_path / "m.onnx", tap="wide")._network
+    assert network._session.get_outputs()[0].type == "tensor(double)"
+    assert network._through_host
+    assert network(torch.zeros(2, 3, 64, 64)).dtype == torch.float32
+
+
+def test_memory_that_runs_out_beside_the_models_is_one_clear_error(standins, monkeypatch):
+    yolo = open_yolo(standins.detector)
+
+    def full(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("kdcache.precompute.yolo.yolo_input", full)
+    with pytest.raises(DeviceMemoryError, match="running the detector.*lower --batch-size"):
+        yolo.features(random_images(1))
 
 
 def test_tensorrt_keeps_its_engines_apart_by_graph_gpu_and_version(tmp_path, monkeypatch):
