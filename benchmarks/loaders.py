@@ -314,7 +314,6 @@ def compare(
     """For each reader its rates, rows a second, and bytes on disk; those that are absent are named."""
     keep_freed_memory()
     source, skipped = Cache(cache), list[str]()
-    count -= count % batch_size
     found: dict[str, list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory(dir=cache.resolve().parent) as folder:
         rows = list(islice(cycle(range(len(source))), count))
@@ -366,10 +365,21 @@ def throttled_again(speed_mb_s: float) -> int:
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.argument("cache", type=click.Path(path_type=Path, exists=True))
-@click.option("--rows", "count", default=96, help="Rows that are stored; a small cache's repeat.")
-@click.option("--batch-size", default=4)
-@click.option("--rounds", default=3, help="Medians are of so many.")
-@click.option("--throttle", type=float, metavar="MB/S", help="Storage of this speed.")
+@click.option(
+    "--rows",
+    "count",
+    type=click.IntRange(1),
+    default=96,
+    help="Rows that are stored; a small cache's repeat.",
+)
+@click.option("--batch-size", type=click.IntRange(1), default=4)
+@click.option("--rounds", type=click.IntRange(1), default=3, help="Medians are of so many.")
+@click.option(
+    "--throttle",
+    type=click.FloatRange(0, min_open=True),
+    metavar="MB/S",
+    help="Storage of this speed.",
+)
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="File for the numbers.")
 def main(
     cache: Path,
@@ -380,6 +390,8 @@ def main(
     json_path: Path | None,
 ) -> None:
     """Print a Markdown table for docs/log.md."""
+    if count % batch_size:
+        raise click.UsageError(f"--rows {count} is no multiple of --batch-size {batch_size}")
     if throttle and "THROTTLE_MB_S" not in os.environ:
         sys.exit(throttled_again(throttle))
     found = compare(cache, count, batch_size, rounds, throttle)

@@ -77,6 +77,8 @@ def main(
     json_path: Path | None,
 ) -> None:
     """Print Markdown for docs/log.md; all ratios are of this one run."""
+    if rows % batch_size:
+        raise click.UsageError(f"--rows {rows} is no multiple of --batch-size {batch_size}")
     keep_freed_memory()
     found: dict[str, Any] = {"machine": machine()}
     with tempfile.TemporaryDirectory() as text:

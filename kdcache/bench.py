@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,7 @@ from kdcache.config import ExtractConfig, TrainConfig
 from kdcache.errors import CacheError
 from kdcache.precompute.teacher import Teacher, network_settings
 from kdcache.train.loader import (
+    Batch,
     Tally,
     chunked,
     read_batches,
@@ -30,11 +30,19 @@ from kdcache.train.loader import (
 )
 from kdcache.train.parallel import Processes
 from kdcache.train.run_folder import State, read_best_student, read_config
-from kdcache.train.step import read, take_step, trained_model, untrained_state
+from kdcache.train.step import (
+    Taken,
+    check_compiler,
+    read,
+    take_step,
+    trained_model,
+    untrained_state,
+)
 from kdcache.train.student import Projection, build_student, resolve_device
 
 _ROWS = 256  # that a round reads; those of a small cache more than once
 _ROUNDS = 5
+_DECODINGS = 3
 _LATENCIES = 5
 
 
@@ -95,10 +103,17 @@ def bench(
     taps = cache.taps[:1] if config.feature_weight else []
     logits = bool(config.kl_weight or config.mse_weight)
     arrays = wanted_arrays(cache, taps, logits)
+    if config.compile and steps:
+        check_compiler(on)
     rates = _loader_rates(cache, rows, arrays, size, workers)
-    decoded_s = _seconds(
-        lambda: read_batches(cache, chunked(rows, size), on, taps, workers, logits=logits)
-    )
+
+    def decoded() -> Iterator[object]:
+        yield from read_batches(cache, chunked(rows, size), on, taps, workers, logits=logits)
+        if torch.device(on).type == "cuda":
+            torch.cuda.synchronize()
+
+    _seconds(decoded)
+    decoded_s = median(_seconds(decoded) for _ in range(_DECODINGS))
     pace = _Pace()
     if steps:
         step_rows = list(islice(cycle(rows), (steps + 1) * size))
@@ -157,7 +172,7 @@ def _loader_rates(
         row_bytes=tally.size_bytes / (_ROUNDS * len(rows)),
         loader_rows_per_s=len(rows) / loader_s,
         floor_rows_per_s=len(rows) / floor_s,
-        loader_of_floor=median(floor / loader for loader, floor in pairs),
+        loader_of_floor=floor_s / loader_s,
         storage_bytes_per_s=tally.bytes_per_s,
     )
 
@@ -173,23 +188,21 @@ def read_floor(
             path, offset, length = cache.locate(row, array)
             if path not in descriptors:
                 descriptors[path] = os.open(path, os.O_RDONLY)
-            places.append((descriptors[path], offset, length, array))
+            places.append((descriptors[path], offset, length - CRC_BYTES, array))
     sizes = {array: cache.specs[array].stored.size_bytes for array in arrays}
     largest = max(length for _, _, length, _ in places)
-    memory = threading.local()
+    compression = cache.manifest.compression
 
-    def read(place: tuple[int, int, int, str]) -> None:
-        descriptor, offset, length, array = place
-        if not hasattr(memory, "stored"):
-            memory.stored = np.empty(largest, np.uint8)
-            memory.out = np.empty(max(sizes.values()), np.uint8)
-        os.preadv(descriptor, [memory.stored[:length].data], offset)
-        compressed = memory.stored[: length - CRC_BYTES]
-        decompress(compressed, cache.manifest.compression, memory.out[: sizes[array]])
+    def read(some: Sequence[tuple[int, int, int, str]]) -> None:
+        stored, out = np.empty(largest, np.uint8), np.empty(max(sizes.values()), np.uint8)
+        for descriptor, offset, length, array in some:
+            os.preadv(descriptor, [stored[:length].data], offset)
+            if compression != "none":
+                decompress(stored[:length], compression, out[: sizes[array]])
 
     try:
         with ThreadPoolExecutor(workers) as pool:
-            yield from pool.map(read, places)
+            yield from pool.map(read, chunked(places, -(-len(places) // workers)))
     finally:
         for descriptor in descriptors.values():
             os.close(descriptor)
@@ -218,17 +231,19 @@ def _step_pace(
     state = _random_state(cache, config, device)
     model = trained_model(state, config, Processes()).train()
     source = read_batches(cache, groups, device, taps, workers, logits=logits)
-    waited, images, started = 0.0, 0, 0.0
-    for number in range(len(groups)):
-        if number == 1:
-            waited, images, started = 0.0, 0, time.perf_counter()
+
+    def step(batch: Batch) -> Taken:
+        return take_step(model, state, [batch], config, config.temperature, Processes())
+
+    list(read([step(next(source))]))  # reading waits for a GPU to come to it
+    waited, images, started = 0.0, 0, time.perf_counter()
+    for _ in groups[1:]:
         asked = time.perf_counter()
         batch = next(source)
         waited += time.perf_counter() - asked
-        taken = take_step(model, state, [batch], config, config.temperature, Processes())
+        taken = step(batch)
         images += len(batch.keys)
-    for _ in read([taken]):  # waits for a GPU to come to it
-        pass
+    list(read([taken]))
     seconds = time.perf_counter() - started
     return _Pace(seconds / (len(groups) - 1), images / seconds, waited / seconds)
 

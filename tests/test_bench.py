@@ -12,7 +12,7 @@ from kdcache.bench import bench, read_floor
 from kdcache.cache.reader import Cache
 from kdcache.cli import main
 from kdcache.config import TrainConfig
-from kdcache.errors import CacheError
+from kdcache.errors import CacheError, RunError
 from kdcache.precompute.dataset import folder_dataset
 from kdcache.precompute.extract import extract
 from kdcache.train.loader import wanted_arrays
@@ -74,3 +74,16 @@ def test_a_cache_without_training_rows_is_one_error(standins, tmp_path):
     extract(config, dataset, tmp_path / "c", split="val", limit=2, device="cpu")
     with pytest.raises(CacheError, match="no rows of split 'train'"):
         bench(Cache(tmp_path / "c"), steps=0, device="cpu")
+
+
+def test_a_run_that_was_compiled_needs_a_compiler_here_too(cache, tmp_path, monkeypatch):
+    config = TrainConfig(encoder_weights="random", epochs=1, projection_hidden_dim=16)
+    trained = train(cache.path, tmp_path / "run", config, device="cpu").run
+    (trained / "config.toml").write_text(config.model_copy(update={"compile": True}).to_toml())
+
+    def no_compiler(graph, inputs):
+        raise RuntimeError("g++ is not there")
+
+    monkeypatch.setattr("kdcache.train.step._COMPILER", no_compiler)
+    with pytest.raises(RunError, match=r"compile = true: .*g\+\+ is not there"):
+        bench(cache, run=trained, steps=1, device="cpu")

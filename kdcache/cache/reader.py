@@ -31,10 +31,11 @@ log = logging.getLogger(__name__)
 
 
 class Reading(NamedTuple):
-    """Bytes that came from the storage, and how long a thread waited for them."""
+    """Bytes that came from the storage, and when a thread waited for them."""
 
-    size_bytes: int = 0
-    seconds: float = 0.0
+    size_bytes: int
+    started: float  # by time.perf_counter
+    ended: float
 
 
 @dataclass
@@ -42,16 +43,17 @@ class _Shard:
     """What is known of a shard file once it was read: its index, and which slots were right."""
 
     index: NDArray[np.uint64]  # 16 bytes a row and array stay in memory
-    version: tuple[int, ...] = ()
-    right: int = 0  # bit n: slot n, of the file of this version
+    # The file's version, and bit n: slot n of it was right. One object, as threads replace it.
+    right: tuple[tuple[int, ...], int] = ((), 0)
 
     def knows(self, slot: int, version: tuple[int, ...]) -> bool:
-        return version == self.version and bool(self.right >> slot & 1)
+        of_version, slots = self.right
+        return version == of_version and bool(slots >> slot & 1)
 
     def learn(self, slot: int, version: tuple[int, ...]) -> None:
         """Threads may forget what another one learns; then it is checked again."""
-        right = self.right if version == self.version else 0
-        self.version, self.right = version, right | 1 << slot
+        of_version, slots = self.right
+        self.right = version, (slots if version == of_version else 0) | 1 << slot
 
 
 class Cache:
@@ -157,7 +159,7 @@ class Cache:
             direct = flat if compression == "none" else None
             started = time.perf_counter()
             chunk = read_chunk(path, *at, record.size_bytes, direct)
-            reading = Reading(chunk.size_bytes, time.perf_counter() - started)
+            reading = Reading(chunk.size_bytes, started, time.perf_counter())
             known = shard.knows(slot, chunk.version)
             decode_chunk(chunk, record.crc(slot), compression, flat, known=known)
             shard.learn(slot, chunk.version)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -17,6 +19,7 @@ from kdcache.cache import codecs
 from kdcache.cache.format import RowKey
 from kdcache.cache.layout import IMAGE, LOGITS, MASK, TapSpec
 from kdcache.cache.reader import Cache, Reading
+from kdcache.errors import CacheError, ConfigError
 from kdcache.pixels import normalised
 
 T = TypeVar("T")
@@ -24,14 +27,24 @@ T = TypeVar("T")
 # Batches read ahead of the step that uses them; each costs its stored size in memory.
 _AHEAD = 2
 
+# The threads of an OpenMP pool do not survive a fork, and torch would wait for them for ever.
+os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
+
 
 @dataclass
 class Tally:
     """What a loader took from the storage so far."""
 
     size_bytes: int = 0
-    seconds: float = 0.0  # that its threads waited for these bytes, added up
-    threads: int = 1
+    seconds: float = 0.0  # in which a thread at least waited for them
+    _until: float = 0.0  # the end of these seconds
+
+    def add(self, readings: Iterable[Reading]) -> None:
+        """Count what was read, by threads that waited at the same time or not."""
+        for reading in sorted(readings, key=lambda reading: reading.started):
+            self.size_bytes += reading.size_bytes
+            self.seconds += max(0.0, reading.ended - max(reading.started, self._until))
+            self._until = max(self._until, reading.ended)
 
     def clear(self) -> None:
         """Begin anew."""
@@ -39,8 +52,8 @@ class Tally:
 
     @property
     def bytes_per_s(self) -> float:
-        """What the storage gives to all threads together."""
-        return self.size_bytes * self.threads / self.seconds if self.seconds else 0.0
+        """What the storage gave while it was asked."""
+        return self.size_bytes / self.seconds if self.seconds else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +73,7 @@ def batches(
     device: str | torch.device = "cpu",
     *,
     split: str = "train",
-    taps: Sequence[str] | None = None,
+    taps: str | Sequence[str] | None = None,
     shuffle: bool = True,
     seed: int = 0,
     epoch: int = 0,
@@ -69,12 +82,20 @@ def batches(
     """One epoch over a split: every row once, in an order that (seed, epoch) decides.
 
     `taps` names the feature maps to read; None is all of them, an empty list reads no feature
-    byte. The last batch may be smaller.
+    byte. The last batch may be smaller. Raises CacheError for a split or tap that the cache does not
+    have, ConfigError for a size or number of workers below 1.
     """
-    rows = cache.rows_of(split)
+    for name, number in (("batch_size", batch_size), ("workers", workers)):
+        if number < 1:
+            raise ConfigError(f"{name} = {number}: expected 1 or more")
+    if not (rows := cache.rows_of(split)):
+        splits = ", ".join(sorted({key.split for key in cache.keys}))
+        raise CacheError(f"{cache.path} has no rows of split {split!r}; it has {splits or 'none'}")
     if shuffle:
         rows = shuffled(rows, seed, epoch)
-    chosen = cache.taps if taps is None else taps
+    chosen = cache.taps if taps is None else [taps] if isinstance(taps, str) else taps
+    for tap in chosen:
+        cache.tap(tap)
     return read_batches(cache, chunked(rows, batch_size), device, chosen, workers)
 
 
@@ -101,32 +122,63 @@ def read_batches(
     """One batch for each group of row numbers, in order; without `logits` none are read.
 
     What is stored goes to the device as it is, and is decoded there. On the CPU that is done when
-    the batch is asked for, on all cores: beside a step it would slow the step by more.
+    the batch is asked for, in `workers` threads: beside a step it would slow the step by more.
     """
     specs, wanted = [cache.tap(tap) for tap in taps], wanted_arrays(cache, taps, logits)
     place = torch.device(device)
-    on_host = place.type == "cpu"
-    with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
-        source = read_stored(cache, groups, wanted, workers, pinned=not on_host, tally=tally)
+    to_device = _ToDevice(place) if place.type == "cuda" else None
+    source = read_stored(cache, groups, wanted, workers, pinned=to_device is not None, tally=tally)
+    ready: list[Batch] = []  # emptied before the next is decoded: two need not be in memory
+    with (
+        ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool,
+        contextlib.closing(source),
+    ):
         for rows, stored in source:
-            if on_host:
+            if to_device is None:
                 host = {path: tensor.numpy() for path, tensor in stored.items()}
                 parts = _decoded_on_host(cache, host, specs, len(rows), pool)
             else:
-                there = {path: t.to(place, non_blocking=True) for path, t in stored.items()}
-                copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-                copied.record()
-                parts = _decoded(cache, there, specs)
-            found = parts.get(LOGITS)
-            yield Batch(
-                image=normalised(parts[IMAGE]),
-                mask=parts[MASK][:, None],
-                logits=None if found is None else found[:, None].float(),
-                features={tap.name: parts[tap.name] for tap in specs},
-                keys=[cache.keys[row] for row in rows],
-            )
-            if not on_host:
-                copied.synchronize()  # the host's memory is about to be used again
+                parts = _decoded(cache, to_device.copied(stored), specs)
+            ready.append(_batch(cache, rows, specs, parts))
+            del parts
+            yield ready.pop()
+            if to_device is not None:
+                to_device.wait()  # the host's memory is about to be used again
+
+
+def _batch(
+    cache: Cache, rows: Sequence[int], taps: Sequence[TapSpec], parts: Mapping[str, Tensor]
+) -> Batch:
+    found = parts.get(LOGITS)
+    return Batch(
+        image=normalised(parts[IMAGE]),
+        mask=parts[MASK][:, None],
+        logits=None if found is None else found[:, None].float(),
+        features={tap.name: parts[tap.name] for tap in taps},
+        keys=[cache.keys[row] for row in rows],
+    )
+
+
+class _ToDevice:
+    """Copies to a GPU on a stream of their own: they wait for no step, and none waits to be queued."""
+
+    def __init__(self, place: torch.device) -> None:
+        self._place = place
+        self._stream = torch.cuda.Stream(place)  # type: ignore[no-untyped-call]
+
+    def copied(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Pinned memory as tensors there, for the stream that is in use."""
+        in_use = torch.cuda.current_stream(self._place)
+        with torch.cuda.stream(self._stream):
+            there = {path: t.to(self._place, non_blocking=True) for path, t in stored.items()}
+        in_use.wait_stream(self._stream)
+        for tensor in there.values():
+            tensor.record_stream(in_use)  # its memory is the other stream's
+        return there
+
+    def wait(self) -> None:
+        """Return when all copies are done."""
+        self._stream.synchronize()
 
 
 def wanted_arrays(cache: Cache, taps: Sequence[str], logits: bool) -> list[str]:
@@ -145,14 +197,13 @@ def read_stored(
     *,
     pinned: bool = False,
     tally: Tally | None = None,
-) -> Iterator[tuple[Sequence[int], dict[str, Tensor]]]:
+) -> Generator[tuple[Sequence[int], dict[str, Tensor]]]:
     """The rows of each group as they are stored: (N, *stored form) of each array, in host memory.
 
     That memory is used again: a group's is valid until the next is asked for. All of it is
     `_AHEAD` + 1 batches. Raises CacheError for rows that are not what was committed.
     """
     tally = Tally() if tally is None else tally
-    tally.threads = workers
     ring = [_Buffers(cache, arrays, pinned) for _ in range(_AHEAD + 1)]
     waiting: deque[tuple[Sequence[int], dict[str, Tensor], list[Future[list[Reading]]]]] = deque()
     pool = ThreadPoolExecutor(workers, thread_name_prefix="read")
@@ -209,10 +260,7 @@ def _finished(
     reads: Iterable[Future[list[Reading]]],
     tally: Tally,
 ) -> tuple[Sequence[int], dict[str, Tensor]]:
-    for read in reads:
-        for reading in read.result():
-            tally.size_bytes += reading.size_bytes
-            tally.seconds += reading.seconds
+    tally.add(reading for read in reads for reading in read.result())
     return rows, stored
 
 

@@ -253,6 +253,11 @@ def forward(
         except ValueError as error:  # torch's BatchNorm, of a 1×1 map of a single image
             if "more than 1 value per channel" not in str(error):
                 raise
+            if positions is not None:
+                raise RunError(
+                    f"BatchNorm of the projection has {len(positions)} positions of {len(batch.keys)} "
+                    "image to learn from: raise feature_positions, or the batch size"
+                ) from error
             raise RunError(
                 f"BatchNorm has one value a channel on a batch of {len(batch.keys)} at this input "
                 "size: train with train_encoder = none, or on a cache of a larger --size"

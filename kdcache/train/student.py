@@ -173,7 +173,10 @@ def build_student(
 
 
 def resolve_device(device: str) -> str:
-    """`cpu` or `cuda…`; auto is CUDA when torch sees a GPU. Raises ProviderError for an absent one."""
+    """`cpu` or `cuda…`, which becomes the current one; auto is CUDA when torch sees a GPU.
+
+    Raises ProviderError for an absent one.
+    """
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device.split(":", maxsplit=1)[0] not in ("cpu", "cuda"):
@@ -183,6 +186,8 @@ def resolve_device(device: str) -> str:
             f"--device {device}: torch {torch.__version__} sees no CUDA device; check the driver "
             "(`nvidia-smi`), or use --device cpu"
         )
+    if device.startswith("cuda:"):
+        torch.cuda.set_device(device)
     return device
 
 

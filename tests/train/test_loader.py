@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import multiprocessing
+import os
 import re
+import subprocess
+import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +18,9 @@ import torch
 from conftest import MANIFEST, TAP, make_row
 
 import kdcache
-from kdcache.cache.reader import Cache
+from kdcache.cache.reader import Cache, Reading
 from kdcache.cache.writer import CacheWriter
-from kdcache.errors import CacheError
+from kdcache.errors import CacheError, ConfigError
 from kdcache.pixels import normalised
 from kdcache.train.loader import Tally, _decoded, chunked, read_stored
 
@@ -132,6 +137,76 @@ def test_a_cache_is_read_in_child_processes(cache, method):
     assert [queue.get(timeout=60) for _ in children] == [expected, expected]
     for child in children:
         child.join()
+
+
+_FORKED = """
+import multiprocessing, sys
+import torch
+import kdcache
+from kdcache import pixels
+
+def read():
+    pixels.normalised(torch.zeros(8, 256, 256, 3, dtype=torch.uint8))  # large enough for threads
+    return sum(len(batch.keys) for batch in kdcache.train.batches(kdcache.open(sys.argv[1])))
+
+def child(queue):
+    queue.put(read())
+
+torch.set_num_threads(2)
+expected = read()
+context = multiprocessing.get_context("fork")
+queue = context.Queue()
+process = context.Process(target=child, args=(queue,), daemon=True)
+process.start()
+assert queue.get(timeout=60) == expected
+"""
+
+
+def test_a_forked_child_does_not_wait_for_the_threads_of_its_parent(cache):
+    """`make test` lets OpenMP have one thread, with which there is nothing to wait for."""
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    command = [sys.executable, "-c", _FORKED, str(cache.path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"split": "trian"}, CacheError, "no rows of split 'trian'; it has train, val"),
+        ({"taps": "relu"}, CacheError, "has no tap 'relu'"),
+        ({"batch_size": 0}, ConfigError, "batch_size = 0: expected 1 or more"),
+        ({"workers": 0}, ConfigError, "workers = 0: expected 1 or more"),
+    ],
+)
+def test_a_mistake_is_told_when_batches_are_asked_for(cache, options, error, words):
+    with pytest.raises(error, match=words):
+        kdcache.train.batches(cache, **options)
+
+
+def test_a_tap_may_be_given_by_its_name_alone(cache):
+    (tap,) = cache.taps
+    assert set(next(kdcache.train.batches(cache, taps=tap)).features) == {tap}
+
+
+def test_the_loader_keeps_no_batch_that_was_given_away(cache):
+    source = kdcache.train.batches(cache, batch_size=2)
+    batch = next(source)
+    parts = [weakref.ref(t) for t in (batch.image, batch.mask, *batch.features.values())]
+    del batch
+    gc.collect()
+    assert [part() for part in parts] == [None] * len(parts)
+    source.close()
+
+
+def test_readings_at_the_same_time_count_their_time_once():
+    tally = Tally()
+    tally.add([Reading(10, 1.0, 2.0), Reading(10, 1.5, 3.0)])  # two threads, 2 s in all
+    tally.add([Reading(20, 2.5, 4.0), Reading(20, 6.0, 7.0)])  # goes on, then comes a pause
+    assert (tally.size_bytes, tally.seconds) == (60, 4.0)
+    assert tally.bytes_per_s == 15.0
+    tally.clear()
+    assert tally.bytes_per_s == 0.0
 
 
 def test_a_damaged_row_stops_the_epoch_by_name(cache, tmp_path):

@@ -304,3 +304,11 @@ def test_without_a_compiler_the_run_does_not_begin(cache, tmp_path, monkeypatch)
     with pytest.raises(RunError, match=r"compile = true: .*g\+\+ is not there.* a C\+\+ compiler"):
         loop.train(cache.path, tmp_path / "run", CONFIG.model_copy(update={"compile": True}))
     assert not (tmp_path / "run").exists()
+
+
+def test_too_few_positions_for_the_projections_batchnorm_are_named(cache):
+    rows = cache.rows_of("train")
+    (batch,) = read_batches(cache, [rows[:1]], "cpu", cache.taps)
+    state = new_state(cache.manifest.taps[0].shape[0])
+    with pytest.raises(RunError, match="1 positions of 1 image .*raise feature_positions"):
+        trained(state, [batch], CONFIG.model_copy(update={"feature_positions": 1}))
