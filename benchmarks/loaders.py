@@ -125,7 +125,8 @@ def ours(cache: Cache, arrays: Sequence[str], threads: int = 1) -> Reader:
 
 def floor(cache: Cache, arrays: Sequence[str]) -> Reader:
     def epoch(groups: Sequence[Sequence[int]]) -> Iterator[object]:
-        return read_floor(cache, [row for group in groups for row in group], arrays, 1)
+        rows = [row for group in groups for row in group]
+        return read_floor(cache, rows, arrays, 1, len(groups[0]))
 
     compressed = cache.manifest.compression == "zstd"
     name = "floor: pread and decompress" if compressed else "floor: pread"

@@ -161,7 +161,7 @@ def _loader_rates(
         return read_stored(cache, groups, arrays, workers, tally=tally)
 
     def floor() -> Iterator[object]:
-        return read_floor(cache, rows, arrays, workers)
+        return read_floor(cache, rows, arrays, workers, batch_size)
 
     for warming in (floor, loader):
         _seconds(warming)
@@ -178,9 +178,13 @@ def _loader_rates(
 
 
 def read_floor(
-    cache: Cache, rows: Sequence[int], arrays: Sequence[str], workers: int
+    cache: Cache, rows: Sequence[int], arrays: Sequence[str], workers: int, batch_size: int
 ) -> Iterator[None]:
-    """What no reader of these bytes can do without: pread and decompress, into memory at hand."""
+    """What no reader of batches can do without: pread and decompress, into the memory of a batch.
+
+    Each thread has a batch: memory of a row or two would stay in the processor's cache, where no
+    batch of real rows fits.
+    """
     descriptors: dict[str, int] = {}
     places = []
     for row in rows:
@@ -189,16 +193,22 @@ def read_floor(
             if path not in descriptors:
                 descriptors[path] = os.open(path, os.O_RDONLY)
             places.append((descriptors[path], offset, length - CRC_BYTES, array))
-    sizes = {array: cache.specs[array].stored.size_bytes for array in arrays}
     largest = max(length for _, _, length, _ in places)
     compression = cache.manifest.compression
 
     def read(some: Sequence[tuple[int, int, int, str]]) -> None:
-        stored, out = np.empty(largest, np.uint8), np.empty(max(sizes.values()), np.uint8)
-        for descriptor, offset, length, array in some:
-            os.preadv(descriptor, [stored[:length].data], offset)
-            if compression != "none":
-                decompress(stored[:length], compression, out[: sizes[array]])
+        stored = np.empty(largest, np.uint8)
+        batch = {
+            array: np.empty((batch_size, cache.specs[array].stored.size_bytes), np.uint8)
+            for array in arrays
+        }
+        for number, (descriptor, offset, length, array) in enumerate(some):
+            out = batch[array][number // len(arrays) % batch_size]
+            if compression == "none":
+                os.preadv(descriptor, [out.data], offset)
+            else:
+                os.preadv(descriptor, [stored[:length].data], offset)
+                decompress(stored[:length], compression, out)
 
     try:
         with ThreadPoolExecutor(workers) as pool:

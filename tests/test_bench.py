@@ -60,7 +60,7 @@ def test_the_floor_reads_every_byte(cache, monkeypatch):
         found.append(out.tobytes())
 
     monkeypatch.setattr(engine, "decompress", noted)
-    for _ in read_floor(cache, [3], arrays, 1):
+    for _ in read_floor(cache, [3], arrays, 1, 2):
         pass
     for array, data in zip(arrays, found, strict=True):
         out = np.empty(cache.specs[array].stored.shape, cache.specs[array].stored.dtype)

@@ -158,11 +158,13 @@ class Cache:
             flat = out.reshape(-1).view(np.uint8)
             direct = flat if compression == "none" else None
             started = time.perf_counter()
-            chunk = read_chunk(path, *at, record.size_bytes, direct)
+            looked_at = None if compression == "zstd" else record.size_bytes
+            chunk = read_chunk(path, *at, direct, size_bytes=looked_at)
             reading = Reading(chunk.size_bytes, started, time.perf_counter())
-            known = shard.knows(slot, chunk.version)
+            known = bool(chunk.version) and shard.knows(slot, chunk.version)
             decode_chunk(chunk, record.crc(slot), compression, flat, known=known)
-            shard.learn(slot, chunk.version)
+            if chunk.version:
+                shard.learn(slot, chunk.version)
         except (DamagedError, OSError, KeyError) as error:
             raise CacheError(
                 f"{path}: cannot read row {index} ({self.keys[index].sample_id}): {error}; the file "

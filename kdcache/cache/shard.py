@@ -71,7 +71,7 @@ class Chunk(NamedTuple):
 
     compressed: NDArray[np.uint8]  # valid until this thread reads the next
     crc: int  # the CRC-32C that stands behind it
-    version: tuple[int, ...]  # of the file: changes with every write to it
+    version: tuple[int, ...]  # of the file: changes with every write to it; empty if not looked at
 
     @property
     def size_bytes(self) -> int:
@@ -174,8 +174,9 @@ def chunk_range(index: NDArray[np.uint64], slot: int, size_bytes: int) -> tuple[
 def read_index(path: str, slots: int, size_bytes: int) -> NDArray[np.uint64]:
     """The index of a shard file; `size_bytes` is the file's committed size."""
     tail_bytes = index_bytes(slots)
-    descriptor, _ = _open(path, size_bytes)
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
+        _version(descriptor, size_bytes)
         tail = os.pread(descriptor, tail_bytes, max(0, size_bytes - tail_bytes))
     finally:
         os.close(descriptor)
@@ -183,28 +184,39 @@ def read_index(path: str, slots: int, size_bytes: int) -> NDArray[np.uint64]:
 
 
 def read_chunk(
-    path: str, offset: int, length: int, size_bytes: int, out: NDArray[np.uint8] | None = None
+    path: str,
+    offset: int,
+    length: int,
+    out: NDArray[np.uint8] | None = None,
+    *,
+    size_bytes: int | None = None,
 ) -> Chunk:
     """One slot's chunk, and no other byte; into `out` where that has just the room for it.
 
-    `size_bytes` is the file's committed size.
+    With the committed size of the file the file itself is looked at, and the chunk has its version.
+    Else that is left to the chunk's checksums: three system calls a read, and Python's lock is given
+    up and taken again for each.
     """
     body = length - CRC_BYTES
     if body < 0:
         raise DamagedError("chunk is shorter than its checksum")
-    if out is None or out.size != body:
+    direct = out is not None and out.size == body
+    if not direct:
         buffer: NDArray[np.uint8] | None = getattr(_thread, "buffer", None)
-        if buffer is None or len(buffer) < body:
-            _thread.buffer = buffer = np.empty(body, np.uint8)
-        out = buffer[:body]
-    tail = bytearray(CRC_BYTES)
-    descriptor, status = _open(path, size_bytes)
+        if buffer is None or len(buffer) < length:
+            _thread.buffer = buffer = np.empty(length, np.uint8)
+        stored = buffer[:length]
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        _read_all(descriptor, [out.data, memoryview(tail)], offset, length)
+        version = () if size_bytes is None else _version(descriptor, size_bytes)
+        if out is not None and direct:
+            tail = bytearray(CRC_BYTES)
+            _read_all(descriptor, [out.data, memoryview(tail)], offset, length)
+            return Chunk(out, int.from_bytes(tail, "little"), version)
+        _read_all(descriptor, [stored.data], offset, length)
     finally:
         os.close(descriptor)
-    version = (status.st_ino, status.st_mtime_ns, status.st_ctime_ns)
-    return Chunk(out, int.from_bytes(tail, "little"), version)
+    return Chunk(stored[:body], int.from_bytes(stored[body:].data, "little"), version)
 
 
 def _read_all(descriptor: int, into: list[memoryview], offset: int, length: int) -> None:
@@ -218,13 +230,12 @@ def _read_all(descriptor: int, into: list[memoryview], offset: int, length: int)
         into[0] = into[0][got:]
 
 
-def _open(path: str, size_bytes: int) -> tuple[int, os.stat_result]:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+def _version(descriptor: int, size_bytes: int) -> tuple[int, ...]:
+    """What changes with every write to a file, which must be of its committed size."""
     status = os.fstat(descriptor)
     if status.st_size != size_bytes:
-        os.close(descriptor)
         raise DamagedError(f"file has {status.st_size} bytes, {size_bytes} were committed")
-    return descriptor, status
+    return status.st_ino, status.st_mtime_ns, status.st_ctime_ns
 
 
 @dataclass(frozen=True, kw_only=True)
