@@ -152,7 +152,7 @@ def test_failures_are_one_line_and_exit_status_1(arguments, message, tmp_path, m
         (("--val-fraction", 1.5), "val_fraction"),
         (("--yolo", "absent.onnx"), "no such model file"),
         (("--masks", "absent"), "no such folder"),
-        (("--device", "cuda"), "CUDAExecutionProvider"),
+        (("--device", "cuda"), "sees no CUDA device"),
     ],
 )
 def test_wrong_extract_inputs_are_one_message_and_leave_nothing(standins, tmp_path, extra, message):
