@@ -24,6 +24,7 @@ FOUNDATION = {
     "config",
     "imaging",
     "pixels",
+    "devices",
     "durable",
     "drawing",
     "stop",

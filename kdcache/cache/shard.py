@@ -200,23 +200,24 @@ def read_chunk(
     body = length - CRC_BYTES
     if body < 0:
         raise DamagedError("chunk is shorter than its checksum")
-    direct = out is not None and out.size == body
-    if not direct:
-        buffer: NDArray[np.uint8] | None = getattr(_thread, "buffer", None)
-        if buffer is None or len(buffer) < length:
-            _thread.buffer = buffer = np.empty(length, np.uint8)
-        stored = buffer[:length]
+    tail = bytearray(CRC_BYTES)
+    if out is None or out.size != body:
+        out = _thread_buffer(body)
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         version = () if size_bytes is None else _version(descriptor, size_bytes)
-        if out is not None and direct:
-            tail = bytearray(CRC_BYTES)
-            _read_all(descriptor, [out.data, memoryview(tail)], offset, length)
-            return Chunk(out, int.from_bytes(tail, "little"), version)
-        _read_all(descriptor, [stored.data], offset, length)
+        _read_all(descriptor, [out.data, memoryview(tail)], offset, length)
     finally:
         os.close(descriptor)
-    return Chunk(stored[:body], int.from_bytes(stored[body:].data, "little"), version)
+    return Chunk(out, int.from_bytes(tail, "little"), version)
+
+
+def _thread_buffer(size: int) -> NDArray[np.uint8]:
+    """Memory of this thread, the same each time."""
+    buffer: NDArray[np.uint8] | None = getattr(_thread, "buffer", None)
+    if buffer is None or len(buffer) < size:
+        _thread.buffer = buffer = np.empty(size, np.uint8)
+    return buffer[:size]
 
 
 def _read_all(descriptor: int, into: list[memoryview], offset: int, length: int) -> None:

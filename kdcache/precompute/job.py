@@ -18,12 +18,13 @@ from kdcache.cache.format import RowKey, describe_row
 from kdcache.cache.layout import IMAGE, MASK, ROWS, Manifest, TapSpec
 from kdcache.cache.reader import Cache
 from kdcache.config import ExtractConfig, Precision
+from kdcache.devices import present
 from kdcache.errors import CacheError, ConfigError, SampleError
 from kdcache.imaging import INTERPOLATION
 from kdcache.precompute.coco import PERSON_CATEGORY
 from kdcache.precompute.dataset import Dataset, Sample, split_of
 from kdcache.precompute.need import stored_bytes
-from kdcache.precompute.onnx_session import Device, resolve_device
+from kdcache.precompute.onnx_session import Device
 from kdcache.precompute.sources import Digests, Prepared, Tally
 from kdcache.precompute.teacher import Teacher
 from kdcache.precompute.yolo import Yolo
@@ -58,7 +59,7 @@ def open_job(
     tally: Tally,
 ) -> Job:
     """Find out what is to be done and load the models; nothing is written."""
-    place_on = resolve_device(device)
+    place_on = present(device)
     for name, reason in dataset.refused.items():
         tally.refuse(name, reason)
     planned = _planned(dataset, config, split, limit)

@@ -45,21 +45,6 @@ _LIBRARIES = {
 _TF32_VARIABLE = "NVIDIA_TF32_OVERRIDE"
 
 
-def resolve_device(device: Device) -> str:
-    """`cpu`, `cuda` or `tensorrt`; auto is CUDA when torch sees a GPU.
-
-    Raises ProviderError when one is asked for that torch does not see.
-    """
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device != "cpu" and not torch.cuda.is_available():
-        raise ProviderError(
-            f"--device {device}: torch {torch.__version__} sees no CUDA device; check the driver "
-            "(nvidia-smi), or use --device cpu"
-        )
-    return device
-
-
 def torch_device(device: str) -> str:
     """Where torch keeps what a model on `device` takes and gives."""
     return "cpu" if device == "cpu" else "cuda"

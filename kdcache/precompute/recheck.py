@@ -18,9 +18,10 @@ from kdcache.cache.layout import LOGITS, TapSpec
 from kdcache.cache.reader import Cache
 from kdcache.cache.verify import Agreement, Problem, VerifyReport, verify
 from kdcache.config import YoloInput
+from kdcache.devices import present
 from kdcache.errors import CacheError, FingerprintError
 from kdcache.precompute.onnx_graph import model_sha256
-from kdcache.precompute.onnx_session import Device, resolve_device
+from kdcache.precompute.onnx_session import Device
 from kdcache.precompute.teacher import Teacher, network_settings
 from kdcache.precompute.yolo import Yolo
 
@@ -98,7 +99,7 @@ def recheck(
     cache = Cache(report.path)
     size_px, fingerprint = cache.manifest.size_px, cache.manifest.fingerprint
     _refuse_other_models(fingerprint, {"yolo_sha256": yolo, "teacher_sha256": teacher})
-    place_on = resolve_device(device)
+    place_on = present(device)
     compare: dict[str, Callable[[int], _Difference]] = {}
     if yolo is not None:
         tap = cache.tap(fingerprint["yolo_target_layer"])

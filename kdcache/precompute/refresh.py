@@ -19,6 +19,7 @@ from kdcache.cache.layout import Manifest
 from kdcache.cache.reader import Cache
 from kdcache.cache.refresh import Refresh
 from kdcache.config import ExtractConfig
+from kdcache.devices import present
 from kdcache.errors import CacheError, ConfigError, FingerprintError, SampleError, nearest
 from kdcache.precompute.check import LOOKED_AT, first_look, say
 from kdcache.precompute.job import (
@@ -29,7 +30,7 @@ from kdcache.precompute.job import (
     provider,
 )
 from kdcache.precompute.need import Need, stored_bytes
-from kdcache.precompute.onnx_session import Device, resolve_device
+from kdcache.precompute.onnx_session import Device
 from kdcache.precompute.sources import Prepared
 from kdcache.precompute.teacher import Teacher
 from kdcache.precompute.yolo import Yolo
@@ -69,7 +70,7 @@ def refresh(
     KdcacheError, and the cache stays as it was.
     """
     started = time.monotonic()
-    place_on = resolve_device(device)
+    place_on = present(device)
     manifest, model = _target(config, read_root(path).manifest, part, place_on)
     size = batch_size or DEFAULT_BATCH[place_on]
     cache = Cache(path)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from kdcache.config import ENCODER_LEVELS, StudentTap
+from kdcache.devices import present
 from kdcache.errors import ModelError, ProviderError, nearest
 from kdcache.train.weights import load_encoder_file
 
@@ -177,15 +178,9 @@ def resolve_device(device: str) -> str:
 
     Raises ProviderError for an absent one.
     """
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device.split(":", maxsplit=1)[0] not in ("cpu", "cuda"):
+    if device.split(":", maxsplit=1)[0] not in ("auto", "cpu", "cuda"):
         raise ProviderError(f"--device {device}: expected auto, cpu, cuda or cuda:N")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ProviderError(
-            f"--device {device}: torch {torch.__version__} sees no CUDA device; check the driver "
-            "(`nvidia-smi`), or use --device cpu"
-        )
+    device = present(device)
     if device.startswith("cuda:"):
         torch.cuda.set_device(device)
     return device

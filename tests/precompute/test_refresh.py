@@ -249,7 +249,7 @@ def test_what_is_missing_is_named(standins, copy, cache):
 
 
 def test_another_device_than_the_caches_is_refused(standins, copy, monkeypatch):
-    monkeypatch.setattr(engine, "resolve_device", lambda device: "cuda")
+    monkeypatch.setattr(engine, "present", lambda device: "cuda")
     with pytest.raises(FingerprintError, match="= cpu float32, now cuda float32 was asked for"):
         refresh(standins.config(), copy, "teacher")
 

@@ -14,6 +14,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.capi.onnxruntime_pybind11_state import EPFail
 
+from kdcache.devices import present
 from kdcache.errors import DeviceMemoryError, ModelError, ProviderError
 from kdcache.precompute import onnx_session
 from kdcache.precompute.onnx_graph import model_sha256, pruned
@@ -204,7 +205,7 @@ def test_a_provider_that_fails_while_it_runs_is_an_error_too(standins, monkeypat
 def test_a_device_that_torch_does_not_see_is_one_clear_error(monkeypatch, device):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ProviderError, match=f"--device {device}: torch .* sees no CUDA device"):
-        onnx_session.resolve_device(device)
+        present(device)
 
 
 def test_engines_that_cannot_be_kept_are_named_with_their_folder(tmp_path, monkeypatch):
