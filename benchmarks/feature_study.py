@@ -14,6 +14,7 @@ Run again after a stop: finished runs are kept, a started one goes on.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +30,7 @@ from kdcache.precompute.dataset import Dataset, coco_dataset, unlabelled_dataset
 from kdcache.precompute.extract import extract
 from kdcache.train.loader import read_batches
 from kdcache.train.loop import train
-from kdcache.train.metrics import Segmentation
+from kdcache.train.metrics import compare
 from kdcache.train.student import Student
 from kdcache.train.weights import read_student
 
@@ -134,9 +135,8 @@ def ious(student_file: Path, cache: Cache) -> list[float]:
     student.eval()
     found = []
     for batch in read_batches(cache, [[row] for row in range(len(cache))], "cpu", taps=[]):
-        one = Segmentation()
-        one.add(student(batch.image).logits[0, 0], batch.mask[0, 0])
-        found.append(one.miou)
+        one = compare(student(batch.image).logits[0, 0], batch.mask[0, 0])
+        found.append(math.nan if one is None or one.miou is None else one.miou)
     return found
 
 

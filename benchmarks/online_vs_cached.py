@@ -52,11 +52,11 @@ from kdcache.cache.info import describe
 from kdcache.cache.reader import Cache
 from kdcache.config import ExtractConfig, TrainConfig, validated
 from kdcache.errors import KdcacheError
+from kdcache.onnx_session import Device
 from kdcache.pixels import normalised, on_device
 from kdcache.precompute.dataset import Dataset, Sample, folder_dataset
 from kdcache.precompute.extract import extract
 from kdcache.precompute.job import DEFAULT_BATCH, open_teacher, open_yolo
-from kdcache.precompute.onnx_session import Device
 from kdcache.precompute.sources import Tally, prepare
 from kdcache.precompute.teacher import Teacher
 from kdcache.precompute.yolo import Yolo

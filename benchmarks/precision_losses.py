@@ -19,9 +19,9 @@ import click
 
 from kdcache.cache.reader import Cache
 from kdcache.config import ExtractConfig, TrainConfig
+from kdcache.deploy.evaluate import evaluate
 from kdcache.precompute.dataset import coco_dataset
 from kdcache.precompute.extract import extract
-from kdcache.train.evaluate import evaluate
 from kdcache.train.loop import train
 
 PRECISIONS = ("float32", "float16", "int8", "int6", "int5", "int4")
@@ -56,13 +56,13 @@ def main(
             if precision == "float32":
                 config = TrainConfig(encoder_weights="random", epochs=1, learning_rate=1e-3)
                 train(cache, work / "run", config, device="cpu")
-            scores[precision] = evaluate(work / "run", Cache(cache), "train", "cpu")
+            scores[precision] = evaluate(work / "run", Cache(cache), "train", "cpu").scores
             click.echo(f"{precision} done", err=True)
     click.echo(f"| loss | float32 | {' | '.join(PRECISIONS[1:])} |")
     click.echo("| --- |" + " ---: |" * len(PRECISIONS))
     for loss in LOSSES:
-        exact = scores["float32"][loss]
-        moved = [f"{scores[p][loss] / exact - 1:+.1e}" for p in PRECISIONS[1:]]
+        exact, *others = (scores[p][loss] or 0.0 for p in PRECISIONS)
+        moved = [f"{other / exact - 1:+.1e}" for other in others]
         click.echo(f"| {loss} | {exact:.6g} | {' | '.join(moved)} |")
 
 

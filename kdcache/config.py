@@ -39,6 +39,9 @@ ResizeMode = Literal["stretch", "letterbox"]
 YoloInput = Literal["rgb01", "bgr01", "rgb255", "bgr255"]
 StudentTap = Literal["encoder", "decoder"]
 
+# The table of a config file that says what a sweep varies.
+GRID = "grid"
+
 # Each has a weight in TrainConfig.
 LOSSES = ("kl", "mse", "bce", "dice", "feature")
 
@@ -215,22 +218,35 @@ def load(
     assignments: Sequence[str] = (),
     flags: Mapping[str, Any] | None = None,
     base: str = DEFAULT_CONFIG,
+    grid: dict[str, Any] | None = None,
 ) -> SettingsT:
     """The settings of one stage; later sources win: defaults, base, config, `key=value`s, flags.
 
     `base` and `config` are named configs or paths of TOML files; flags that are None were not
-    given. Raises ConfigError for an unknown key, a wrong type or a value out of range.
+    given. A sweep passes `grid`, which takes the file's table of that name. Raises ConfigError for
+    an unknown key, a wrong type or a value out of range.
     """
-    values = _read_config(base) | (_read_config(config) if config else {})
+    given = _read_config(config) if config else {}
+    table = given.pop(GRID, None)
+    if table is not None:
+        if grid is None or not isinstance(table, dict):
+            raise ConfigError(f"--config {config}: [{GRID}] is a table of `kdcache sweep`'s axes")
+        grid.update(table)
+    values = _read_config(base) | given
     for assignment in assignments:
         key, separator, text = (part.strip() for part in assignment.partition("="))
         if not separator:
             raise ConfigError(f"--set {assignment}: expected key=value")
-        values[key] = _parse_value(text)
+        values[key] = parse_value(text)
         if key in _known() and key not in _known(stage):
             raise ConfigError(f"--set {key}: a setting of the other stage, it would change nothing")
     values |= {key: value for key, value in (flags or {}).items() if value is not None}
-    return validated(stage, values)
+    try:
+        return validated(stage, values)
+    except ConfigError as error:
+        if any(f"{key!r}" in str(error) or f"{key} =" in str(error) for key in given):
+            raise ConfigError(f"--config {config}: {error}") from error
+        raise
 
 
 def validated(stage: type[SettingsT], values: Mapping[str, Any]) -> SettingsT:
@@ -275,7 +291,7 @@ def _read_config(config: str) -> dict[str, Any]:
         raise ConfigError(f"--config {config}: not valid TOML: {error}") from error
 
 
-def _parse_value(text: str) -> Any:
+def parse_value(text: str) -> Any:
     """A TOML value; text that is not one (a bare word or path) is a string."""
     try:
         found = tomllib.loads(f"value = {text}")

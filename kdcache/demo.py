@@ -12,16 +12,17 @@ import torch
 import kdcache
 from kdcache.cache.info import describe
 from kdcache.config import ExtractConfig, TrainConfig
+from kdcache.deploy.evaluate import evaluate
+from kdcache.deploy.export import ExportReport, export
 from kdcache.drawing import save
 from kdcache.errors import KdcacheError
 from kdcache.precompute.dataset import folder_dataset
 from kdcache.precompute.extract import ExtractReport, extract
 from kdcache.standins import save_detector, save_scenes, save_teacher
-from kdcache.train.evaluate import evaluate, score
-from kdcache.train.export import ExportReport, export
 from kdcache.train.loop import TrainReport, train
 from kdcache.train.overlay import overlay, shown_rows
 from kdcache.train.run_folder import read_best_student
+from kdcache.train.score import score_images, summary
 from kdcache.train.student import build_student
 
 SIZE_PX = 128
@@ -74,19 +75,18 @@ def demo(folder: Path, progress: bool = False) -> DemoReport:
     val_rows = cache.rows_of("val")
 
     torch.manual_seed(TRAINING.seed)
-    untrained = score(
-        build_student(TRAINING.student_encoder, "random"),
-        None,
+    untrained_images = score_images(
+        build_student(TRAINING.student_encoder, "random").eval(),
         cache,
         val_rows,
         TRAINING,
-        tap=None,
         temperature=TRAINING.last_temperature,
         device="cpu",
     )
+    untrained = summary(list(untrained_images))
     run = folder / "run"
     training = train(folder / "cache.zarr", run, TRAINING, device="cpu", progress=progress)
-    exported = export(run, folder / "student.onnx")
+    exported = export(run, folder / "student.onnx", cache)
     picture = folder / "overlay.jpg"
     shown = overlay(read_best_student(run)[0], cache, shown_rows(val_rows), "cpu")
     save(picture, shown, "JPEG")
@@ -96,7 +96,7 @@ def demo(folder: Path, progress: bool = False) -> DemoReport:
         cache=describe(cache),
         training=training,
         untrained=untrained,
-        trained=evaluate(run, cache, device="cpu"),
+        trained=evaluate(run, cache, device="cpu").facts(),
         exported=exported,
         overlay=picture,
     )

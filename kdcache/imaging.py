@@ -9,6 +9,9 @@ instead of clipping at 255; 32-bit samples have no stated range and are refused.
 pages the first is taken. Pictures of more than 179 million pixels are refused, as Pillow does: a few
 bytes can claim any size.
 
+Orientation: a photo is turned as its EXIF says, and so is a mask that has an EXIF orientation of its
+own, as `kdcache predict` writes them; a mask without one is taken as it lies.
+
 Mask rules: the values as stored, 0 and 1 or 0 and 255. A palette is looked up where all its colours in
 use are black and white, for some writers put white first; else its indices count. An alpha channel
 that says something else than the colours is refused.
@@ -18,6 +21,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
+from typing import TypeVar
 
 import cv2
 import numpy as np
@@ -29,6 +33,7 @@ from kdcache.errors import SampleError
 
 U8 = NDArray[np.uint8]
 F32 = NDArray[np.float32]
+AnyPixel = TypeVar("AnyPixel", bound=np.generic)
 
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff"}
@@ -121,6 +126,15 @@ def _on_canvas(inner: U8, placement: Placement, fill: int) -> U8:
     return canvas
 
 
+def at_source(values_SS: F32, placement: Placement) -> F32:
+    """A network's (size, size) map at the size of the source image: border cut off, resized bilinearly."""
+    bottom = placement.top_px + placement.height_px
+    right = placement.left_px + placement.width_px
+    inner = values_SS[placement.top_px : bottom, placement.left_px : right]
+    size = (placement.source_width_px, placement.source_height_px)
+    return cv2.resize(inner, size, interpolation=cv2.INTER_LINEAR).astype(np.float32, copy=False)
+
+
 def decode_image(data: bytes) -> U8:
     """Decode an encoded image to (H, W, 3) uint8 RGB with its EXIF orientation applied.
 
@@ -128,7 +142,7 @@ def decode_image(data: bytes) -> U8:
     """
     picture = _open(data, "image")
     try:
-        return _to_rgb(ImageOps.exif_transpose(picture) if _orientation(picture) > 1 else picture)
+        return _to_rgb(_upright(picture))
     except SampleError:
         raise
     except Exception as error:  # damaged EXIF raises many kinds
@@ -141,6 +155,22 @@ def exif_orientation(data: bytes) -> int:
         return _orientation(picture)
 
 
+def turned_back(array: NDArray[AnyPixel], orientation: int) -> NDArray[AnyPixel]:
+    """(H, W) or (H, W, 3) as it lies in the file whose EXIF `orientation` turned it upright."""
+    if orientation > 4:
+        array = array.swapaxes(0, 1)
+    # what a viewer mirrors, by the EXIF 2.3 specification's table of orientations
+    if orientation in (3, 4, 6, 7):
+        array = array[::-1]
+    if orientation in (2, 3, 7, 8):
+        array = array[:, ::-1]
+    return np.ascontiguousarray(array)
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    return ImageOps.exif_transpose(picture) if _orientation(picture) > 1 else picture
+
+
 def _orientation(picture: Image.Image) -> int:
     found = picture.getexif().get(ExifTags.Base.Orientation, 1)
     return found if found in range(2, 9) else 1
@@ -149,9 +179,14 @@ def _orientation(picture: Image.Image) -> int:
 def decode_mask(data: bytes) -> U8:
     """Decode a mask file to (H, W) uint8 of 0 and 1; files with values {0, 1} or {0, 255} are accepted.
 
-    The mask's own EXIF orientation is ignored: a mask is a measurement, not a photo.
+    It is turned as its own EXIF orientation says.
     """
-    values = _mask_values(_open(data, "mask"))
+    picture = _open(data, "mask")
+    try:
+        picture = _upright(picture)
+    except Exception as error:  # damaged EXIF raises many kinds
+        raise SampleError(f"the mask cannot be oriented: {_told(error)}") from error
+    values = _mask_values(picture)
     found = np.unique(values)
     if np.isin(found, (0, 1)).all():
         return values.astype(np.uint8)

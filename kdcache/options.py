@@ -1,9 +1,12 @@
-"""Options that several commands share, each described once."""
+"""What several commands share: options, each described once, examples, printing of results."""
 
 from __future__ import annotations
 
+import functools
+import json
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,46 @@ Command = Callable[..., Any]
 
 option = click.option
 
+EXIT_FAILED, EXIT_SKIPPED = 1, 3
+
 _MOST_WORKERS = 8  # more cores than that are for the models
+
+
+def example(*lines: str) -> str:
+    """The end of a command's help: lines to be pasted."""
+    return "\b\nExample:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def leads() -> bool:
+    """Whether this is the process that speaks, of those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def with_logging_above_bars(command: Command) -> Command:
+    """Log lines must not tear a progress bar."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        from tqdm.contrib.logging import logging_redirect_tqdm
+
+        with logging_redirect_tqdm([logging.getLogger("kdcache")]):
+            return command(*args, **kwargs)
+
+    return wrapped
+
+
+def show(report: Any, as_json: bool, as_text: Callable[[Any], str]) -> None:
+    """Print a result for a person, or as JSON."""
+    click.echo(as_json_text(report) if as_json else as_text(report))
+
+
+def as_json_text(report: Any) -> str:
+    """A mapping, a dataclass or a list of them as JSON."""
+    import dataclasses
+
+    plain = isinstance(report, Mapping | list)
+    values = report if plain else dataclasses.asdict(report)
+    return json.dumps(values, indent=1, default=str, ensure_ascii=False)
 
 
 def config_options(command: Command) -> Command:
@@ -41,8 +83,31 @@ frozen_device_option = option(
     help="Where the frozen models run.",
 )
 cache_argument = click.argument("cache", type=click.Path(path_type=Path))
-run_argument = click.argument("run", type=click.Path(path_type=Path))
 path = click.Path(path_type=Path)
+
+
+def train_options(command: Command) -> Command:
+    """What people set daily of a training: of `train` and `sweep`."""
+    options = [
+        option("--epochs", type=int, help="Passes over the training rows (50)."),
+        option("--batch-size", type=int, help="Rows a step (4)."),
+        option("--feature-weight", type=float, help="Weight of the feature loss (0.5)."),
+        option(
+            "--mixed-precision/--no-mixed-precision",
+            default=None,
+            help="Autocast the networks.",
+        ),
+        option("--seed", type=int, help="Seed of weights and order (0)."),
+        option(
+            "--encoder-weights",
+            metavar="FILE|imagenet|random",
+            help="The student encoder's weights at the start (imagenet: of the hub, or its cache).",
+        ),
+        device_option,
+    ]
+    for one in reversed(options):
+        command = one(command)
+    return command
 
 
 def input_options(command: Command) -> Command:

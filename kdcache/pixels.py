@@ -43,6 +43,16 @@ def normalised(images_NHWC: Tensor) -> Tensor:
     return scaled(images_NHWC).sub_(mean_C11).div_(std_C11)
 
 
+def restored(normalised_NCHW: Tensor) -> Tensor:
+    """The uint8 pixels, (N, H, W, 3), that `normalised` made float32 of: exactly those."""
+    mean_C11, std_C11 = (
+        _constant(of_channels, normalised_NCHW.device)
+        for of_channels in (IMAGENET_MEAN, IMAGENET_STD)
+    )
+    values = (normalised_NCHW * std_C11 + mean_C11) * 255
+    return values.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
 @cache
 def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
     """(n, 1, 1) float32, once a device: the host waits for such a copy."""

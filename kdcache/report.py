@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from kdcache.deploy.report import scores_text
 from kdcache.tables import duration, megabytes, printable, table
 
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from kdcache.precompute.plan import Plan
     from kdcache.precompute.refresh import RefreshReport
     from kdcache.precompute.stages import StageTimes
-    from kdcache.train.export import ExportReport
     from kdcache.train.loop import TrainReport
 
 _SKIPPED_SHOWN = 20
@@ -213,27 +213,9 @@ def train_text(report: TrainReport) -> str:
         f"best is epoch {report.best_epoch}"
     ]
     if report.metrics.get("val_student_miou") is not None:
-        lines.append(_scores({k.removeprefix("val_"): v for k, v in report.metrics.items()}))
+        lines.append(scores_text({k.removeprefix("val_"): v for k, v in report.metrics.items()}))
     lines.append(f"picture: {report.picture}; curves: tensorboard --logdir {report.run}/logs")
     return "\n".join(lines)
-
-
-def evaluate_text(scores: Mapping[str, Any]) -> str:
-    """The scores of a run, one a line."""
-    heading = (
-        f"{scores['rows']} rows of split {scores['split']}; KL at T = {scores['temperature']:g}"
-    )
-    return heading + "\n" + _scores(scores)
-
-
-def export_text(report: ExportReport) -> str:
-    """The exported file, its size, and how far ONNX Runtime is from PyTorch."""
-    worst = max(report.max_difference.values())
-    batches = " and ".join(str(batch) for batch in report.max_difference)
-    return (
-        f"{report.path}: {megabytes(report.size_bytes)}, {report.parameters / 1e6:.2f} M "
-        f"parameters; at batch {batches} ONNX Runtime is within {worst:.1g} of PyTorch's logits"
-    )
 
 
 def bench_text(report: BenchReport) -> str:
@@ -274,7 +256,7 @@ def bench_text(report: BenchReport) -> str:
 
 def demo_text(report: DemoReport) -> str:
     """The demo's steps, and the untrained against the trained student."""
-    folder = report.folder
+    folder, exported = report.folder, report.exported
     comparison: list[Sequence[str]] = [
         ("on the validation scenes", "untrained student", "trained student", "teacher")
     ]
@@ -296,7 +278,8 @@ def demo_text(report: DemoReport) -> str:
             "cache    " + ", ".join(_cache_facts(report.cache)),
             f"train    {report.training.run}: {report.training.epochs} epochs in "
             f"{report.training.seconds:.0f} s, no frozen model loaded",
-            "export   " + export_text(report.exported),
+            f"export   {exported.path}: {megabytes(exported.size_bytes)}, opset {exported.opset}; masks "
+            f"equal to PyTorch's at batch {', '.join(map(str, exported.agreement))} in ONNX Runtime",
             f"picture  {report.overlay}",
             "",
             table(comparison),
@@ -318,27 +301,3 @@ def _cache_facts(info: Mapping[str, Any]) -> list[str]:
         f"{megabytes(info['bytes_per_row'])} a row",
         *(f"features {ratio:.1f}× smaller than float32" for ratio in ratios),
     ]
-
-
-_SCORE_NAMES = {
-    "student_miou": "student mIoU",
-    "teacher_miou": "teacher mIoU",
-    "iou_person_pooled": "student IoU of person, pooled",
-    "false_positive_rate": "false positives where no person is",
-    "agreement": "agreement with the teacher",
-    "kl": "KL",
-    "mse": "MSE",
-    "bce": "BCE",
-    "dice": "Dice",
-    "feature_loss": "feature loss",
-}
-
-
-def _scores(scores: Mapping[str, Any]) -> str:
-    return table(
-        [
-            (label, f"{scores[name]:.4f}")
-            for name, label in _SCORE_NAMES.items()
-            if scores.get(name) is not None
-        ]
-    )

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from kdcache import imaging
@@ -140,3 +140,18 @@ def test_masks_are_judged_by_their_stored_values(values, kind):
     """Converted to 8 bits first, these would pass as empty or as 0/255."""
     with pytest.raises(SampleError, match="mask has"):
         imaging.decode_mask(encoded(Image.fromarray(values), kind))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_mask_is_turned_by_its_own_orientation_and_turned_back(orientation):
+    stored = np.zeros((4, 6), np.uint8)
+    stored[0, :2] = 255
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(Image.fromarray(stored), "PNG", exif=exif)
+    with Image.open(io.BytesIO(data)) as picture:
+        shown = np.asarray(ImageOps.exif_transpose(picture))
+    assert np.array_equal(imaging.decode_mask(data), shown // 255)
+    assert np.array_equal(imaging.turned_back(shown, orientation), stored)
+    colours = np.repeat(shown[..., None], 3, axis=2)
+    assert np.array_equal(imaging.turned_back(colours, orientation)[..., 0], stored)

@@ -37,3 +37,9 @@ def test_pixels_on_the_device_are_the_same_and_not_changed(recwarn):
         pixels.normalised(found)
         assert np.array_equal(found.numpy(), images)
     assert not recwarn.list  # torch warns of arrays that are not writable
+
+
+def test_restored_pixels_are_those_that_were_normalised():
+    """All 256 values in every channel."""
+    values = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16, 1).repeat(1, 1, 1, 3)
+    assert torch.equal(pixels.restored(pixels.normalised(values)), values)

@@ -6,9 +6,8 @@ import hashlib
 import json
 import os
 import posixpath
-import stat
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kdcache.errors import DatasetError, SampleError
-from kdcache.imaging import IGNORE, IMAGE_SUFFIXES, OTHER_IMAGE_SUFFIXES, U8, decode_mask
+from kdcache.imaging import IGNORE, U8, decode_mask, exif_orientation
+from kdcache.listing import by_stem, listed, read_file
 from kdcache.precompute.coco import PERSON_CATEGORY, is_crowd, rasterise, read_coco
 
 
@@ -41,9 +41,9 @@ class Sample:
 
     def read(self) -> Source:
         """Read the source files, once; raises SampleError when one cannot be read."""
-        image = _read_file(self.image_path, "the image")
+        image = read_file(self.image_path, "the image")
         if self.mask_path is not None:
-            return Source(image, _read_file(self.mask_path, "the mask"))
+            return Source(image, read_file(self.mask_path, "the mask"))
         if not self.labelled:
             return Source(image, b"")
         # what the mask is drawn from, and no more: other fields may change
@@ -71,10 +71,12 @@ class Sample:
             )
         return rasterise(self.annotations, height, width) if mask is None else mask
 
-    def may_be_turned(self, height: int, width: int, orientation: int) -> str:
+    def may_be_turned(self, label: bytes, height: int, width: int, orientation: int) -> str:
         """Why the mask may lie otherwise than the image, which its size does not tell; or nothing."""
         if not self.labelled or orientation == 1 or (orientation > 4 and height != width):
             return ""
+        if self.mask_path is not None and exif_orientation(label) == orientation:
+            return ""  # it says itself how it lies
         return (
             f"EXIF turns or mirrors the photo (orientation {orientation}), and the size of the mask "
             "does not tell whether it was drawn on the turned photo"
@@ -99,12 +101,12 @@ def folder_dataset(images: Path, masks: Path) -> Dataset:
     without an image are counted. Raises DatasetError when nothing pairs, before any model is
     loaded.
     """
-    found = _listed(images, "--images", but=masks)
-    found_masks = _listed(masks, "--masks", but=images)
-    by_stem, masks_by_stem = _by_stem(found.files), _by_stem(found_masks.files)
+    found = listed(images, "--images", but=masks)
+    found_masks = listed(masks, "--masks", but=images)
+    stems, masks_by_stem = by_stem(found.files), by_stem(found_masks.files)
     samples: list[Sample] = []
     refused = found.refused | {f"mask {name}": why for name, why in found_masks.refused.items()}
-    for stem, names in by_stem.items():
+    for stem, names in stems.items():
         its_masks = masks_by_stem.get(stem, [])
         if len(names) == len(its_masks) == 1:
             samples.append(
@@ -123,10 +125,10 @@ def folder_dataset(images: Path, masks: Path) -> Dataset:
             )
             why += ": which belong together? Rename or remove the others"
         refused |= dict.fromkeys(names, why)
-    without_image = sum(len(m) for stem, m in masks_by_stem.items() if stem not in by_stem)
+    without_image = sum(len(m) for stem, m in masks_by_stem.items() if stem not in stems)
     if not samples:
         raise DatasetError(
-            f"no image in {images} has a mask of the same name in {masks}: {_some(by_stem)} "
+            f"no image in {images} has a mask of the same name in {masks}: {_some(stems)} "
             f"and {_some(masks_by_stem)}; an image a/b.jpg needs the mask a/b.png"
         )
     left_out = Counter(found.left_out)
@@ -136,7 +138,7 @@ def folder_dataset(images: Path, masks: Path) -> Dataset:
 
 def unlabelled_dataset(images: Path) -> Dataset:
     """Every image of a folder and its subfolders, without masks; DatasetError when there is none."""
-    found = _listed(images, "--images")
+    found = listed(images, "--images")
     samples = [
         Sample(sample_id=name, image_path=images / name, labelled=False) for name in found.files
     ]
@@ -157,28 +159,28 @@ def coco_dataset(
     if not images.is_dir():
         raise DatasetError(f"--images {images}: no such folder")
     document, refused = read_coco(annotations)
-    ids = {str(c["id"]) for c in document["categories"] if c["name"] == category}
-    if not ids:
+    wanted = {str(c["id"]) for c in document["categories"] if c["name"] == category}
+    if not wanted:
         names = ", ".join(sorted(c["name"] for c in document["categories"])[:10]) or "none"
         raise DatasetError(
             f"{annotations} has no category {category!r}; it has {names} (--set category=NAME)"
         )
     by_image: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for annotation in document["annotations"]:
-        if str(annotation["category_id"]) in ids:
+        if str(annotation["category_id"]) in wanted:
             by_image[str(annotation["image_id"])].append(annotation)
-    listed = Counter(str(image["id"]) for image in document["images"])
+    ids = Counter(str(image["id"]) for image in document["images"])
     named = Counter(posixpath.normpath(image["file_name"]) for image in document["images"])
     left_out = Counter({f"no {category} in it": 0})
     left_out[f"{category} annotations of images that {annotations.name} does not list"] = sum(
-        len(entries) for image_id, entries in by_image.items() if image_id not in listed
+        len(entries) for image_id, entries in by_image.items() if image_id not in ids
     )
     samples: list[Sample] = []
     for image in sorted(document["images"], key=lambda image: image["file_name"]):
         name, instances = image["file_name"], by_image[str(image["id"])]
         if not all_images and all(is_crowd(instance) for instance in instances):
             left_out[f"no {category} in it"] += 1
-        elif named[posixpath.normpath(name)] > 1 or listed[str(image["id"])] > 1:
+        elif named[posixpath.normpath(name)] > 1 or ids[str(image["id"])] > 1:
             what = "its name" if named[posixpath.normpath(name)] > 1 else f"its id {image['id']!r}"
             refused[name] = f"{annotations.name} lists {what} more than once: whose masks are they?"
         else:
@@ -208,95 +210,6 @@ def split_of(sample_id: str, val_fraction: float, seed: int) -> str:
     """
     digest = hashlib.sha256(f"{seed}:{sample_id}".encode()).digest()
     return "val" if int.from_bytes(digest[:8], "big") < val_fraction * 2**64 else "train"
-
-
-def _read_file(path: Path, what: str) -> bytes:
-    """A regular file's bytes; a pipe or device would keep the reader waiting for ever."""
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise SampleError(f"{what} is not a regular file ({path})")
-        return path.read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-        why = error.strerror if isinstance(error, OSError) else error
-        raise SampleError(f"{what} cannot be read: {why} ({path})") from error
-
-
-class _Listing(NamedTuple):
-    files: list[str]  # paths below the folder, sorted
-    refused: dict[str, str]
-    left_out: Counter[str]
-
-
-def _listed(folder: Path, option: str, but: Path | None = None) -> _Listing:
-    """The image files below a folder, but not in `but`; raises DatasetError when there is none."""
-    if not folder.is_dir():
-        raise DatasetError(f"{option} {folder}: no such folder")
-    files: list[str] = []
-    refused: dict[str, str] = {}
-    left_out: Counter[str] = Counter()
-    for path, problem in _walk(folder, (), but):
-        name = path.relative_to(folder).as_posix()
-        suffix = path.suffix.lower()
-        if problem:
-            refused[_printable(name)] = problem
-        elif suffix in OTHER_IMAGE_SUFFIXES:
-            refused[_printable(name)] = (
-                f"{suffix.removeprefix('.').upper()} is not supported: convert it to JPEG or PNG"
-            )
-        elif suffix not in IMAGE_SUFFIXES:
-            left_out[f"files of suffix {_printable(suffix) or '(none)'}, not an image's"] += 1
-        elif _printable(name) != name:
-            # it can neither be stored as a sample id nor printed
-            refused[_printable(name)] = "its name is not valid UTF-8; rename it"
-        else:
-            files.append(name)
-    if not files:
-        kinds = " ".join(sorted(IMAGE_SUFFIXES))
-        others = "".join(f"; {name}: {why}" for name, why in list(refused.items())[:3])
-        raise DatasetError(
-            f"{option} {folder}: no image in it or below it (looked for {kinds}){others}"
-        )
-    return _Listing(sorted(files), refused, left_out)
-
-
-def _walk(
-    folder: Path, above: tuple[tuple[int, int], ...], but: Path | None
-) -> Iterator[tuple[Path, str]]:
-    """Every file below a folder, and what is wrong with it; links are followed, but not in circles."""
-    try:
-        own = folder.stat()
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except OSError as error:
-        yield folder, f"the folder cannot be read: {error.strerror}"
-        return
-    above = (*above, (own.st_dev, own.st_ino))
-    for entry in entries:
-        path = folder / entry.name
-        try:
-            status = entry.stat()
-        except OSError as error:
-            yield path, f"a link that leads nowhere: {error.strerror}"
-            continue
-        if (status.st_dev, status.st_ino) in above:
-            yield path, "a link to a folder that it is in itself"
-        elif stat.S_ISDIR(status.st_mode):
-            if but is None or not os.path.samestat(status, but.stat()):
-                yield from _walk(path, above, but)
-        else:
-            yield path, "" if stat.S_ISREG(status.st_mode) else "not a regular file"
-
-
-def _by_stem(names: Sequence[str]) -> dict[str, list[str]]:
-    """Names by their path without suffix; `1` and `10` are two stems."""
-    stems: dict[str, list[str]] = {}
-    for name in names:
-        stems.setdefault(Path(name).with_suffix("").as_posix(), []).append(name)
-    return stems
-
-
-def _printable(name: str) -> str:
-    """The name, or with \\x escapes where its bytes are no UTF-8."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _some(names: Mapping[str, Any]) -> str:

@@ -29,11 +29,11 @@ from kdcache.errors import (
     SampleError,
     device_memory,
 )
+from kdcache.onnx_session import Device
 from kdcache.precompute.check import LOOKED_AT, first_look, say
 from kdcache.precompute.dataset import Dataset
 from kdcache.precompute.job import DEFAULT_BATCH, Job, bytes_per_row, gone, open_job, row_arrays
 from kdcache.precompute.need import Need
-from kdcache.precompute.onnx_session import Device
 from kdcache.precompute.sources import Prepared, Tally, changed, prepare, twins
 from kdcache.precompute.stages import (
     COMPRESS,

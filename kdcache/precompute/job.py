@@ -21,10 +21,10 @@ from kdcache.config import ExtractConfig, Precision
 from kdcache.devices import present
 from kdcache.errors import CacheError, ConfigError, SampleError
 from kdcache.imaging import INTERPOLATION
+from kdcache.onnx_session import Device
 from kdcache.precompute.coco import PERSON_CATEGORY
 from kdcache.precompute.dataset import Dataset, Sample, split_of
 from kdcache.precompute.need import stored_bytes
-from kdcache.precompute.onnx_session import Device
 from kdcache.precompute.sources import Digests, Prepared, Tally
 from kdcache.precompute.teacher import Teacher
 from kdcache.precompute.yolo import Yolo

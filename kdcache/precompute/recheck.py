@@ -20,8 +20,8 @@ from kdcache.cache.verify import Agreement, Problem, VerifyReport, verify
 from kdcache.config import YoloInput
 from kdcache.devices import present
 from kdcache.errors import CacheError, FingerprintError
-from kdcache.precompute.onnx_graph import model_sha256
-from kdcache.precompute.onnx_session import Device
+from kdcache.onnx_graph import model_sha256
+from kdcache.onnx_session import Device
 from kdcache.precompute.teacher import Teacher, network_settings
 from kdcache.precompute.yolo import Yolo
 

@@ -21,6 +21,7 @@ from kdcache.cache.refresh import Refresh
 from kdcache.config import ExtractConfig
 from kdcache.devices import present
 from kdcache.errors import CacheError, ConfigError, FingerprintError, SampleError, nearest
+from kdcache.onnx_session import Device
 from kdcache.precompute.check import LOOKED_AT, first_look, say
 from kdcache.precompute.job import (
     DEFAULT_BATCH,
@@ -30,7 +31,6 @@ from kdcache.precompute.job import (
     provider,
 )
 from kdcache.precompute.need import Need, stored_bytes
-from kdcache.precompute.onnx_session import Device
 from kdcache.precompute.sources import Prepared
 from kdcache.precompute.teacher import Teacher
 from kdcache.precompute.yolo import Yolo

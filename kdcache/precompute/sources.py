@@ -121,7 +121,7 @@ def _decoded(key: RowKey, sample: Sample, size_px: int, resize: ResizeMode) -> P
         "placed_px": [where.top_px, where.left_px, where.height_px, where.width_px],
         "exif_orientation": orientation,
     }
-    doubt = sample.may_be_turned(height, width, orientation)
+    doubt = sample.may_be_turned(source.label, height, width, orientation)
     return Prepared(key, resize_image(image, where), resize_mask(mask, where), details, doubt)
 
 

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from kdcache.errors import ModelError, device_memory
 from kdcache.imaging import U8
+from kdcache.onnx_graph import last_activation, model_sha256, pruned, read_model
+from kdcache.onnx_session import OnnxNetwork, torch_device
 from kdcache.pixels import normalised, on_device
-from kdcache.precompute.onnx_graph import last_activation, model_sha256, pruned, read_model
-from kdcache.precompute.onnx_session import OnnxNetwork, torch_device
 
 log = logging.getLogger(__name__)
 F32 = NDArray[np.float32]

@@ -15,9 +15,9 @@ from kdcache.cache.layout import Group, TapSpec, whole
 from kdcache.config import YoloInput
 from kdcache.errors import ModelError, SampleError, device_memory
 from kdcache.imaging import U8
+from kdcache.onnx_graph import model_sha256, pruned, read_model
+from kdcache.onnx_session import OnnxNetwork
 from kdcache.pixels import on_device, yolo_input
-from kdcache.precompute.onnx_graph import model_sha256, pruned, read_model
-from kdcache.precompute.onnx_session import OnnxNetwork
 from kdcache.precompute.replication import channel_groups, channel_parts
 
 log = logging.getLogger(__name__)

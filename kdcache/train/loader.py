@@ -65,6 +65,7 @@ class Batch:
     logits: Tensor | None  # (N, 1, H, W) float32, the teacher's; None where the cache has none
     features: dict[str, Tensor]  # tap to (N, C, h, w) float32
     keys: list[RowKey]
+    encoded: tuple[Tensor, ...] | None = None  # a frozen encoder's features, where computed before
 
 
 def batches(

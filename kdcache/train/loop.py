@@ -13,44 +13,33 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from tqdm import tqdm
 
-from kdcache.cache.reader import Cache
 from kdcache.config import TrainConfig
 from kdcache.drawing import save
-from kdcache.errors import RunError, device_memory
+from kdcache.errors import KdcacheError, RunError, device_memory
 from kdcache.stop import StopRequest
 from kdcache.tables import megabytes
 from kdcache.train import schedule
 from kdcache.train.advice import advice
 from kdcache.train.curves import Curves
-from kdcache.train.evaluate import score
 from kdcache.train.loader import Batch, Tally, chunked, read_batches, shuffled
+from kdcache.train.members import encoded, leaving, own_batch, taps_of
 from kdcache.train.overlay import overlay, shown_rows
 from kdcache.train.parallel import Processes, joined
-from kdcache.train.prepare import Run, build, check_processes, check_splits, find_target, say_reach
+from kdcache.train.prepare import Member, Start, prepared
 from kdcache.train.repeatable import only_deterministic, seed
 from kdcache.train.run_folder import (
-    State,
-    claimed,
-    open_run,
-    restore,
     save_epoch,
     save_progress,
-    seen_cache,
-    start_from,
-    start_run,
-    write_config,
-    write_metrics,
 )
+from kdcache.train.score import Scored, scored, summary
 from kdcache.train.step import (
     Taken,
-    check_compiler,
+    Trainee,
     read,
     set_learning_rate,
     take_step,
-    trained_model,
 )
 from kdcache.train.student import resolve_device
 
@@ -101,102 +90,116 @@ def train(
     with contextlib.ExitStack() as stack:
         processes, on = stack.enter_context(joined(resolve_device(device)))
         stack.enter_context(only_deterministic(config.deterministic))
-        record = open_run(out, config, resume, extend)
-        cache = seen_cache(out, record, cache_path) if resume else Cache(cache_path)
-        if out.resolve().is_relative_to(cache_path.resolve()):
-            raise RunError(f"--out {out} is inside the cache {cache_path}; choose another")
-        if processes.leads:
-            stack.enter_context(claimed(out))
-        tap = find_target(cache, config)
-        run = Run(
+        stop = StopRequest()
+        start = Start(
             out=out,
-            cache=cache,
             config=config,
-            tap=tap,
+            resume=resume,
+            extend=extend,
+            init_from=init_from,
+        )
+        member = prepared(
+            cache_path,
+            start,
+            stack,
             device=on,
             processes=processes,
-            stop=StopRequest(),
-            train_rows=cache.rows_of("train"),
-            val_rows=cache.rows_of("val"),
-            progress=progress and processes.leads,
+            stop=stop,
+            progress=progress,
         )
-        check_splits(run)
-        if config.compile:
-            check_compiler(on)
-        with device_memory("building the student", "lower projection_hidden_dim"):
-            # weights that are about to be replaced need not be there any more
-            state = build(run, "random" if resume or init_from else config.encoder_weights)
-        if resume:
-            restore(out, state)
-            check_processes(run, state)
-        else:
-            if init_from is not None:
-                start_from(init_from, state)
-            say_reach(run, state)
-        processes.wait()  # nobody looks for a run any more
-        if processes.leads:
-            if resume:
-                write_config(out, config)  # it may have been extended
-                write_metrics(out, state)  # a crash may have come before them
-            else:
-                start_run(out, config, cache, tap, state)
-        with run.stop.listening():
-            _train_epochs(run, state)
+        with stop.listening():
+            train_epochs([member])
+    return report_of(member, time.monotonic() - started)
+
+
+def report_of(member: Member, seconds: float) -> TrainReport:
+    """What a finished run is worth."""
+    run, state = member.run, member.state
     return TrainReport(
-        run=out,
-        epochs=config.epochs,
+        run=run.out,
+        epochs=run.config.epochs,
         best_epoch=state.best_epoch,
         metrics=state.history[state.best_epoch - 1],
-        picture=run.picture(config.epochs),
-        seconds=time.monotonic() - started,
+        picture=run.picture(run.config.epochs),
+        seconds=seconds,
     )
 
 
-def _train_epochs(run: Run, state: State) -> None:
-    """From where `state` is to the last epoch; every epoch ends on disk."""
-    config, model = run.config, trained_model(state, run.config, run.processes)
-    shown = shown_rows(run.val_rows or run.train_rows)
+def train_epochs(
+    members: list[Member], failed: Callable[[Member, KdcacheError], None] | None = None
+) -> None:
+    """From where the members are, all at the same step, to the last epoch; each ends on disk.
+
+    They share each batch, and where their encoders are frozen one pass of those. A member that
+    fails is told to `failed` and leaves the list; the last one's error is raised.
+    """
+    first = members[0]
+    shown = shown_rows(first.run.val_rows or first.run.train_rows)
     with contextlib.ExitStack() as stack:
-        if run.processes.leads:
-            curves = Curves(run.out / "logs", len(state.history))
-            stack.enter_context(contextlib.closing(curves))
-        for epoch in range(len(state.history), config.epochs):
+        curves = {}
+        for run, state in ((m.run, m.state) for m in members if m.run.processes.leads):
+            writer = Curves(run.out / "logs", len(state.history))
+            curves[run.out] = stack.enter_context(contextlib.closing(writer))
+        for epoch in range(len(first.state.history), first.run.config.epochs):
             started = time.monotonic()
-            temperature = schedule.temperature(config, epoch)
-            pace = _train_epoch(run, model, state, epoch)
-            metrics = {
-                "epoch": epoch + 1,
-                "lr": state.optimizer.param_groups[0]["lr"],
-                "temperature": temperature,
-                **_means(state.sums),
-                **pace,
-            }
-            if run.processes.leads:
-                metrics |= _validate(run, state, temperature)
-                picture = overlay(state.student, run.cache, shown, run.device)
-                save(run.picture(epoch + 1), picture, "JPEG")
-                metrics["epoch_s"] = time.monotonic() - started
-            state.history.append(metrics)
-            state.steps, state.sums = 0, {}
-            if run.processes.leads:
-                # The checkpoint last: a stop before it repeats the epoch's end, and its curves.
-                curves.add(metrics, picture)
-                save_epoch(run.out, state, config, run.cache)
-                log.info("epoch %d/%d: %s", epoch + 1, config.epochs, _line(metrics))
-                for sign in advice(state.history, config):
-                    log.warning("epoch %d: %s", epoch + 1, sign)
-            run.processes.wait()
+            pace = _train_epoch(members, epoch, failed)
+            scores = _validate(members, epoch) if first.run.processes.leads else {}
+            for member in members:
+                metrics = _metrics(member, epoch) | pace | scores.get(member.run.out, {})
+                _end_epoch(member, metrics, shown, curves.get(member.run.out), started)
+            first.run.processes.wait()
 
 
-def _train_epoch(run: Run, model: nn.Module, state: State, epoch: int) -> dict[str, float]:
-    """The rest of an epoch, from the step that `state` is at; returns this process's pace."""
+def _metrics(member: Member, epoch: int) -> dict[str, Any]:
+    return {
+        "epoch": epoch + 1,
+        "lr": member.state.optimizer.param_groups[0]["lr"],
+        "temperature": schedule.temperature(member.run.config, epoch),
+        **_means(member.state.sums),
+    }
+
+
+def _end_epoch(
+    member: Member,
+    metrics: dict[str, Any],
+    shown: Sequence[int],
+    curves: Curves | None,
+    started: float,
+) -> None:
+    """Draw and save; processes that do not lead, and have no curves, only count the epoch."""
+    run, state = member.run, member.state
+    if curves is not None:
+        picture = overlay(state.student.eval(), run.cache, shown, run.device)
+        save(run.picture(metrics["epoch"]), picture, "JPEG")
+        metrics["epoch_s"] = time.monotonic() - started
+    state.history.append(metrics)
+    state.steps, state.sums = 0, {}
+    if curves is not None:
+        # The checkpoint last: a stop before it repeats the epoch's end, and its curves.
+        curves.add(metrics, picture)
+        save_epoch(run.out, state, run.config, run.cache)
+        log.info("epoch %d/%d: %s", metrics["epoch"], run.config.epochs, _line(metrics))
+        for sign in advice(state.history, run.config):
+            log.warning("epoch %d: %s", metrics["epoch"], sign)
+
+
+def _train_epoch(
+    members: list[Member], epoch: int, failed: Callable[[Member, KdcacheError], None] | None
+) -> dict[str, float]:
+    """The rest of an epoch, from the step that the members are at; returns this process's pace."""
+    run, state = members[0].run, members[0].state
     config, processes = run.config, run.processes
     order = shuffled(run.train_rows, config.seed, epoch)
     plan = _steps(order, config, processes)
     todo = plan[state.steps :]
     tally, groups = Tally(), [rows for step in todo for rows in step]
     source = read_batches(
-        run.cache, groups, run.device, run.taps, logits=run.uses_logits, tally=tally
+        run.cache,
+        groups,
+        run.device,
+        taps_of(members),
+        logits=any(m.run.uses_logits for m in members),
+        tally=tally,
     )
     title = f"epoch {epoch + 1}/{config.epochs}"
     bar = tqdm(
@@ -206,27 +209,33 @@ def _train_epoch(run: Run, model: nn.Module, state: State, epoch: int) -> dict[s
         unit="image",
         disable=None if run.progress else True,
     )
-    model.train()
+    for member in members:
+        member.model.train()
     before, waits, started = state.sums.get("images", 0.0), list[float](), time.monotonic()
     saved = started
     every = 1 if torch.device(run.device).type == "cpu" else _READ_EVERY
-    queued: list[Taken] = []
     with bar:
         for number, step in enumerate(todo, 1):
             waited = time.monotonic()
             batches = [next(source) for _ in step]
             waits.append(time.monotonic() - waited)
-            queued.append(_take_step(run, model, state, batches, epoch, len(plan)))
-            state.steps += 1
-            if len(queued) < every and number < len(todo):
+            batches = [encoded(members, batch, half=True) for batch in batches]
+            for member in list(members):
+                with leaving(members, member, failed):
+                    own = [own_batch(member, batch) for batch in batches]
+                    member.queued.append(_take_step(member, own, epoch, len(plan)))
+                    member.state.steps += 1
+            if len(members[0].queued) < every and number < len(todo):
                 continue
-            last = _read(run, state, queued, epoch)
-            queued.clear()
+            for member in list(members):
+                with leaving(members, member, failed):
+                    last = _read(member, epoch)
+            state = members[0].state
             bar.set_postfix(loss=f"{last['total']:.4f}", refresh=False)
             bar.update(round(state.sums["images"]) - bar.n)
             stop = processes.any(run.stop.asked, run.device)
             if processes.leads and (stop or time.monotonic() - saved > _SAVE_EVERY_S):
-                save_progress(run.out, state)
+                _save_all(members)
                 saved = time.monotonic()
             if stop:
                 processes.wait()
@@ -234,7 +243,7 @@ def _train_epoch(run: Run, model: nn.Module, state: State, epoch: int) -> dict[s
     if not todo:  # stopped while it validated
         return {}
     if processes.leads:
-        save_progress(run.out, state)  # validation may take long
+        _save_all(members)  # validation may take long
     seconds = time.monotonic() - started
     waited = sum(waits[1:])  # nothing can be read ahead of an epoch's first step
     judged = len(todo) >= _JUDGED_STEPS and "data wait" not in run.said
@@ -246,6 +255,11 @@ def _train_epoch(run: Run, model: nn.Module, state: State, epoch: int) -> dict[s
         "step_ms": 1000 * seconds / len(todo),
         "data_wait_ms": 1000 * sum(waits) / len(todo),
     }
+
+
+def _save_all(members: Sequence[Member]) -> None:
+    for member in members:
+        save_progress(member.run.out, member.state)
 
 
 def _waited_words(tally: Tally, data_wait_s: float, seconds: float) -> str:
@@ -265,28 +279,27 @@ def _waited_words(tally: Tally, data_wait_s: float, seconds: float) -> str:
     return text + " (each epoch's is data_wait_ms in metrics.jsonl)"
 
 
-def _take_step(
-    run: Run, model: nn.Module, state: State, batches: list[Batch], epoch: int, steps: int
-) -> Taken:
+def _take_step(member: Member, batches: list[Batch], epoch: int, steps: int) -> Taken:
     """One update, at the learning rate, temperature and random numbers of its place in the run."""
-    config = run.config
+    config, state, processes = member.run.config, member.state, member.run.processes
     learning_rate = schedule.learning_rate(config, epoch, epoch * steps + state.steps)
     set_learning_rate(state.optimizer, learning_rate)
-    seed(config.seed, epoch, state.steps, run.processes.rank)
+    seed(config.seed, epoch, state.steps, processes.rank)
     temperature = schedule.temperature(config, epoch)
     remedy = "lower --batch-size (--set gradient_accumulation=N keeps the step as large), or use "
     with (
         device_memory("training", remedy + "--mixed-precision"),
         _at_step(config, epoch, lambda: state.steps + 1),
     ):
-        return take_step(model, state, batches, config, temperature, run.processes)
+        return take_step(member.model, state, batches, config, temperature, processes)
 
 
-def _read(run: Run, state: State, queued: Sequence[Taken], epoch: int) -> dict[str, float]:
+def _read(member: Member, epoch: int) -> dict[str, float]:
     """Add up what the queued steps measured; returns the last one's numbers."""
+    state, queued = member.state, member.queued
     first, numbers = state.steps - len(queued) + 1, itertools.count()
     values: dict[str, float] = {}
-    with _at_step(run.config, epoch, lambda: first + next(numbers)):
+    with _at_step(member.run.config, epoch, lambda: first + next(numbers)):
         for values in read(queued):
             next(numbers)
             # a loss is a mean over its images
@@ -295,6 +308,7 @@ def _read(run: Run, state: State, queued: Sequence[Taken], epoch: int) -> dict[s
                 counted = name in ("images", "labelled_images", "skipped")
                 weight = 1 if counted else over.get(name, values["images"])
                 state.sums[name] = state.sums.get(name, 0.0) + value * weight
+    queued.clear()
     return values
 
 
@@ -341,21 +355,29 @@ def _steps(
     return [chunked(rows, config.batch_size) for rows in own]
 
 
-def _validate(run: Run, state: State, temperature: float) -> dict[str, Any]:
+def _validate(members: Sequence[Member], epoch: int) -> dict[Path, dict[str, Any]]:
+    """Each member's scores on the validation rows, by its folder; none without such rows."""
+    run = members[0].run
     if not run.val_rows:
         return {}
-    with device_memory("validating", "lower --batch-size"):
-        scores = score(
-            state.student,
-            state.projection,
-            run.cache,
-            run.val_rows,
-            run.config,
-            tap=run.tap.name if run.tap else None,
-            temperature=temperature,
-            device=run.device,
-        )
-    return {f"val_{name}": value for name, value in scores.items()}
+    found: dict[Path, list[Scored]] = {member.run.out: [] for member in members}
+    groups = chunked(run.val_rows, run.config.batch_size)
+    with torch.no_grad(), device_memory("validating", "lower --batch-size"):
+        for member in members:
+            member.model.eval()
+        for batch in read_batches(run.cache, groups, run.device, taps_of(members)):
+            shared = encoded(members, batch, half=False)
+            for member in members:
+                config, state = member.run.config, member.state
+                trainee = Trainee(state.student, state.projection)
+                output = trainee(batch.image, None, shared.encoded)
+                temperature = schedule.temperature(config, epoch)
+                projection = state.projection
+                found[member.run.out] += scored(batch, output, projection, config, temperature)
+    return {
+        out: {f"val_{name}": value for name, value in summary(images).items()}
+        for out, images in found.items()
+    }
 
 
 def _line(metrics: dict[str, Any]) -> str:

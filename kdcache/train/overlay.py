@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from kdcache.cache.reader import Cache
 from kdcache.drawing import U8, compared, lit, masked, sheet
 from kdcache.imaging import PADDING
 from kdcache.train.loader import read_batches
-from kdcache.train.student import Student
+from kdcache.train.student import StudentOutput
 
 _TITLES = (
     "photo",
@@ -31,9 +32,13 @@ def shown_rows(rows: Sequence[int]) -> list[int]:
 
 
 @torch.no_grad()
-def overlay(student: Student, cache: Cache, rows: Sequence[int], device: str) -> U8:
-    """A sheet of the given rows: background darkened, ignored pixels in yellow."""
-    student.eval()
+def overlay(
+    student: Callable[[Tensor], StudentOutput], cache: Cache, rows: Sequence[int], device: str
+) -> U8:
+    """A sheet of the given rows: background darkened, ignored pixels in yellow.
+
+    `student` takes normalised pixels, in eval mode.
+    """
     cells, captions = [], []
     batches = read_batches(cache, [[row] for row in rows], device, taps=[])
     for index, batch in zip(rows, batches, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from kdcache.cache.layout import TapSpec
 from kdcache.cache.reader import Cache
@@ -19,8 +21,18 @@ from kdcache.stop import StopRequest
 from kdcache.train.loader import read_batches, shuffled
 from kdcache.train.parallel import Processes
 from kdcache.train.reach import find_reach, reach_text, reaches_student
-from kdcache.train.run_folder import State
-from kdcache.train.step import Trainee, untrained_state
+from kdcache.train.run_folder import (
+    State,
+    claimed,
+    open_run,
+    restore,
+    seen_cache,
+    start_from,
+    start_run,
+    write_config,
+    write_metrics,
+)
+from kdcache.train.step import Taken, Trainee, check_compiler, trained_model, untrained_state
 from kdcache.train.student import TAP_STRIDE, Projection, Student, build_student
 
 log = logging.getLogger(__name__)
@@ -61,6 +73,89 @@ class Run:
     def picture(self, epoch: int) -> Path:
         """Where an epoch's overlays go."""
         return self.out / "visualizations" / f"epoch_{epoch:03d}.jpg"
+
+
+@dataclass(kw_only=True)
+class Member:
+    """One of the runs that train on the same batches; mostly there is one."""
+
+    run: Run
+    state: State
+    model: nn.Module
+    queued: list[Taken] = field(default_factory=list)  # steps whose numbers nobody has read yet
+
+    @property
+    def shares_encoder(self) -> bool:
+        """Whether its encoder computes the same for all its life, so that others may use it."""
+        return not self.run.config.trained_levels and not self.run.config.compile
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """A run that was asked for."""
+
+    out: Path
+    config: TrainConfig
+    resume: bool = False
+    extend: bool = False  # with `resume`: to more epochs
+    init_from: Path | None = None  # a run whose best student it begins with
+    shards: Sequence[int] | None = None  # of the cache, that a new run takes the rows of; all
+
+
+def prepared(
+    cache_path: Path,
+    start: Start,
+    stack: contextlib.ExitStack,
+    *,
+    device: str,
+    processes: Processes,
+    stop: StopRequest,
+    progress: bool = False,
+) -> Member:
+    """A run at its start or where it was stopped, its folder laid out and claimed for the `stack`."""
+    out, config, resume = start.out, start.config, start.resume
+    record = open_run(out, config, resume, start.extend)
+    cache = (
+        seen_cache(out, record, cache_path) if resume else Cache(cache_path, shards=start.shards)
+    )
+    if out.resolve().is_relative_to(cache_path.resolve()):
+        raise RunError(f"--out {out} is inside the cache {cache_path}; choose another")
+    if processes.leads:
+        stack.enter_context(claimed(out))
+    tap = find_target(cache, config)
+    run = Run(
+        out=out,
+        cache=cache,
+        config=config,
+        tap=tap,
+        device=device,
+        processes=processes,
+        stop=stop,
+        train_rows=cache.rows_of("train"),
+        val_rows=cache.rows_of("val"),
+        progress=progress and processes.leads,
+    )
+    check_splits(run)
+    if config.compile:
+        check_compiler(device)
+    with device_memory("building the student", "lower projection_hidden_dim"):
+        # weights that are about to be replaced need not be there any more
+        state = build(run, "random" if resume or start.init_from else config.encoder_weights)
+    if resume:
+        restore(out, state)
+        check_processes(run, state)
+    else:
+        if start.init_from is not None:
+            start_from(start.init_from, state)
+        say_reach(run, state)
+    processes.wait()  # nobody looks for a run any more
+    if processes.leads:
+        if resume:
+            write_config(out, config)  # it may have been extended
+            write_metrics(out, state)  # a crash may have come before them
+        else:
+            start_run(out, config, cache, tap, state)
+    return Member(run=run, state=state, model=trained_model(state, config, processes))
 
 
 def check_splits(run: Run) -> None:

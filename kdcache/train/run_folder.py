@@ -17,7 +17,7 @@ import json
 import logging
 import os
 import zipfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +29,7 @@ import kdcache
 from kdcache.cache.format import read_root
 from kdcache.cache.layout import TapSpec
 from kdcache.cache.reader import Cache
-from kdcache.config import TrainConfig, load
+from kdcache.config import StudentTap, TrainConfig, load
 from kdcache.durable import TEMPORARY_SUFFIX, lock, write_atomic
 from kdcache.errors import RunError
 from kdcache.train.student import Projection, Student
@@ -58,14 +58,30 @@ class State:
 
     @property
     def best_epoch(self) -> int:
-        """1-based epoch of the highest validation mIoU; the last one where there is none."""
-        scored = [
-            (metrics["val_student_miou"], metrics["epoch"])
-            for metrics in self.history
-            if metrics.get("val_student_miou") is not None
-        ]
-        # the earliest of equals
-        return max(scored, key=lambda pair: (pair[0], -pair[1]))[1] if scored else len(self.history)
+        """As `best_epoch` has it."""
+        return best_epoch(self.history)
+
+
+def best_epoch(history: Sequence[Mapping[str, Any]]) -> int:
+    """1-based epoch of the highest validation mIoU; the last one where there is none."""
+    scored = [
+        (metrics["val_student_miou"], metrics["epoch"])
+        for metrics in history
+        if metrics.get("val_student_miou") is not None
+    ]
+    # the earliest of equals
+    return max(scored, key=lambda pair: (pair[0], -pair[1]))[1] if scored else len(history)
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The metrics of each finished epoch, as far as they are written; none before the first."""
+    try:
+        text = (run / "metrics.jsonl").read_text()
+        return [json.loads(line) for line in text.splitlines()]
+    except FileNotFoundError:
+        return []
+    except ValueError as error:
+        raise RunError(f"{run}: its metrics.jsonl is damaged: {error}") from error
 
 
 def open_run(run: Path, config: TrainConfig, resume: bool, extend: bool = False) -> dict[str, Any]:
@@ -189,6 +205,9 @@ def save_epoch(run: Path, state: State, config: TrainConfig, cache: Cache) -> No
         "encoder": config.student_encoder,
         "size_px": cache.manifest.size_px,
         "resize": cache.manifest.fingerprint["resize"],
+        "interpolation": cache.manifest.fingerprint["interpolation"],
+        "temperature": config.last_temperature,
+        "kl_scale": config.kl_scale,
         "epoch": len(state.history),
         "kdcache": kdcache.__version__,
     }
@@ -287,9 +306,14 @@ def read_best_student(run: Path, with_tap: bool = False) -> tuple[Student, dict[
 
     `with_tap` puts the tap where the run had it, for its projection.
     """
-    config = read_config(run)
-    tensors, metadata = read_student(run / "student_best.safetensors")
-    student = Student(metadata["encoder"], config.student_tap if with_tap else "encoder")
+    tap = read_config(run).student_tap if with_tap else "encoder"
+    return saved_student(run / "student_best.safetensors", tap)
+
+
+def saved_student(path: Path, tap: StudentTap = "encoder") -> tuple[Student, dict[str, Any]]:
+    """The student in a .safetensors file and its metadata, in eval mode on the CPU."""
+    tensors, metadata = read_student(path)
+    student = Student(metadata["encoder"], tap)
     student.unet.load_state_dict(tensors)
     return student.eval(), metadata
 

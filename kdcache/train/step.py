@@ -29,9 +29,15 @@ class Trainee(nn.Module):
         super().__init__()
         self.student, self.projection = student, projection
 
-    def forward(self, pixels_NCHW: Tensor, positions: Tensor | None = None) -> StudentOutput:
-        """The projection is of some `positions` of its map only, where those are given."""
-        logits, feature = self.student(pixels_NCHW)
+    def forward(
+        self,
+        pixels_NCHW: Tensor,
+        positions: Tensor | None = None,
+        encoded: Sequence[Tensor] | None = None,
+    ) -> StudentOutput:
+        """The projection is of some `positions` of its map only, where those are given; `encoded`
+        are the encoder's features of the pixels, where they were computed before."""
+        logits, feature = self.student(pixels_NCHW, encoded)
         if self.projection is not None:
             feature = self.projection(losses.at(feature, positions))
         return StudentOutput(logits, feature)
@@ -249,7 +255,7 @@ def forward(
     """A Trainee's output for a batch, in half precision where the settings ask for it."""
     with autocast(config, batch.image.device):
         try:
-            output: StudentOutput = model(batch.image, positions)
+            output: StudentOutput = model(batch.image, positions, batch.encoded)
         except ValueError as error:  # torch's BatchNorm, of a 1×1 map of a single image
             if "more than 1 value per channel" not in str(error):
                 raise

@@ -72,10 +72,17 @@ class Student(nn.Module):
             _train_where_trained(self.unet.encoder)
         return self
 
-    def forward(self, pixels_NCHW: torch.Tensor) -> StudentOutput:
-        """ImageNet-normalised pixels (N, 3, H, W) to logits and the tapped feature map."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self._encoder_is_trained):
-            features = self.unet.encoder(pixels_NCHW)
+    def forward(
+        self, pixels_NCHW: torch.Tensor, encoded: Sequence[torch.Tensor] | None = None
+    ) -> StudentOutput:
+        """ImageNet-normalised pixels (N, 3, H, W) to logits and the tapped feature map.
+
+        `encoded` is what a frozen encoder has made of them already.
+        """
+        features = encoded
+        if features is None:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self._encoder_is_trained):
+                features = self.unet.encoder(pixels_NCHW)
         logits = self.unet.segmentation_head(self.unet.decoder(features))
         tapped, self._tapped = self._tapped, None
         return StudentOutput(logits, features[TAP_LEVEL] if tapped is None else tapped)

@@ -14,11 +14,11 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.capi.onnxruntime_pybind11_state import EPFail
 
+from kdcache import onnx_session
 from kdcache.devices import present
 from kdcache.errors import DeviceMemoryError, ModelError, ProviderError
-from kdcache.precompute import onnx_session
-from kdcache.precompute.onnx_graph import model_sha256, pruned
-from kdcache.precompute.onnx_session import OnnxNetwork
+from kdcache.onnx_graph import model_sha256, pruned
+from kdcache.onnx_session import OnnxNetwork
 from kdcache.precompute.yolo import Yolo
 from kdcache.standins import TAP
 

@@ -351,7 +351,7 @@ assert not loaded, loaded
 
 def test_cache_without_features_names_the_flag(cache, tmp_path, monkeypatch):
     bare = Cache(cache.path)
-    monkeypatch.setattr(loop, "Cache", lambda path: bare)
+    monkeypatch.setattr(prepare, "Cache", lambda path, shards: bare)
     bare.manifest = dataclasses.replace(bare.manifest, taps=())
     with pytest.raises(RunError, match="holds no features; train with --feature-weight 0"):
         train(bare, tmp_path / "run")

@@ -53,12 +53,15 @@ def torch_device(device: str) -> str:
 class OnnxNetwork:
     """An ONNX graph from one image input to its first output, on one device.
 
-    Hides whether the graph's batch is dynamic or fixed and its input float32 or float16. Raises
-    ModelError when the graph does not load or does not take (N, 3, size, size), ProviderError
-    when ONNX Runtime fell back to another provider than `device` ('cpu', 'cuda', 'tensorrt') needs.
+    Hides whether the graph's batch is dynamic or fixed and its input float32 or float16. With
+    `photos` the graph takes uint8 pixels, (N, size, size, 3). Raises ModelError when it does not load
+    or does not take (N, 3, size, size), or those, ProviderError when ONNX Runtime fell back to
+    another provider than `device` ('cpu', 'cuda', 'tensorrt') needs.
     """
 
-    def __init__(self, model: bytes, path: Path, device: str, size_px: int) -> None:
+    def __init__(
+        self, model: bytes, path: Path, device: str, size_px: int, *, photos: bool = False
+    ) -> None:
         self._path = path
         self.device = torch_device(device)
         self._session = _open_session(model, path, device)
@@ -73,26 +76,29 @@ class OnnxNetwork:
             raise ModelError(f"{path}: expected one image input, the graph has {names}")
         (self._input,) = inputs
         shape, kind = self._input.shape, self._input.type
+        sizes = (size_px, size_px, 3) if photos else (3, size_px, size_px)
         sizes_fit = len(shape) == 4 and all(
             not isinstance(found, int) or found == wanted
-            for found, wanted in zip(shape[1:], (3, size_px, size_px), strict=True)
+            for found, wanted in zip(shape[1:], sizes, strict=True)
         )
-        if kind not in _DTYPES or not sizes_fit:
+        dtypes = _PHOTO_DTYPES if photos else _DTYPES
+        if kind not in dtypes or not sizes_fit:
             raise ModelError(
-                f"{path}: expected a float32 or float16 input (N, 3, {size_px}, {size_px}), "
+                f"{path}: expected a {'uint8' if photos else 'float32 or float16'} input "
+                f"(N, {', '.join(map(str, sizes))}), "
                 f"{self._input.name} is {kind} {shape}; set --size to what the model takes"
             )
-        self._dtype = _DTYPES[kind]
+        self._dtype = dtypes[kind]
         self._fixed_batch = shape[0] if isinstance(shape[0], int) else None
 
-    def __call__(self, inputs_NCHW: Tensor) -> Tensor:
-        """The first output for (N, 3, H, W) inputs on `device`, as float32 there."""
-        outputs = [self._outputs(part)[:count] for part, count in self._fixed_batches(inputs_NCHW)]
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """The first output for inputs on `device`, as float32 there."""
+        outputs = [self._outputs(part)[:count] for part, count in self._fixed_batches(inputs)]
         return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).float()
 
-    def output_shapes(self, inputs_NCHW: Tensor) -> list[tuple[int, ...]]:
+    def output_shapes(self, inputs: Tensor) -> list[tuple[int, ...]]:
         """Shapes of all outputs, in the graph's order."""
-        part, _ = next(self._fixed_batches(inputs_NCHW))
+        part, _ = next(self._fixed_batches(inputs))
         return [output.shape for output in self._run(part)]
 
     def _outputs(self, part: Tensor) -> Tensor:
@@ -121,12 +127,12 @@ class OnnxNetwork:
             self._session.run_with_iobinding(binding)
         return result
 
-    def _fixed_batches(self, inputs_NCHW: Tensor) -> Iterator[tuple[Tensor, int]]:
+    def _fixed_batches(self, inputs: Tensor) -> Iterator[tuple[Tensor, int]]:
         """The inputs in the batches the graph takes, each with the count of its real images.
 
         With a fixed batch the last, smaller part is padded with its own last image.
         """
-        inputs = inputs_NCHW.to(self._dtype).contiguous()
+        inputs = inputs.to(self._dtype).contiguous()
         size = self._fixed_batch or len(inputs)
         for start in range(0, len(inputs), size):
             part = inputs[start : start + size]
@@ -154,7 +160,12 @@ class OnnxNetwork:
 
 
 _DTYPES = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16}
-_NUMPY_DTYPES = {torch.float32: np.float32, torch.float16: np.float16}
+_PHOTO_DTYPES = {"tensor(uint8)": torch.uint8}
+_NUMPY_DTYPES = {
+    torch.float32: np.float32,
+    torch.float16: np.float16,
+    torch.uint8: np.uint8,
+}
 
 
 def _open_session(model: bytes, path: Path, device: str) -> Any:

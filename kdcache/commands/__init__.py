@@ -1,0 +1,1 @@
+"""What the `kdcache` command can do. Each parses, calls one function, prints; heavy imports inside."""

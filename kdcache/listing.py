@@ -1,0 +1,104 @@
+"""The image files of a folder: links and odd names told, nothing left out in silence."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from kdcache.errors import DatasetError, SampleError
+from kdcache.imaging import IMAGE_SUFFIXES, OTHER_IMAGE_SUFFIXES
+
+
+def read_file(path: Path, what: str) -> bytes:
+    """A regular file's bytes; a pipe or device would keep the reader waiting for ever."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise SampleError(f"{what} is not a regular file ({path})")
+        return path.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        why = error.strerror if isinstance(error, OSError) else error
+        raise SampleError(f"{what} cannot be read: {why} ({path})") from error
+
+
+class Listing(NamedTuple):
+    """The files of a folder that may be images, and what became of the others."""
+
+    files: list[str]  # paths below the folder, sorted
+    refused: dict[str, str]  # name to reason
+    left_out: Counter[str]  # reason to number
+
+
+def listed(folder: Path, option: str, but: Path | None = None) -> Listing:
+    """The image files below a folder, but not in `but`; raises DatasetError when there is none."""
+    if not folder.is_dir():
+        raise DatasetError(f"{option} {folder}: no such folder")
+    files: list[str] = []
+    refused: dict[str, str] = {}
+    left_out: Counter[str] = Counter()
+    for path, problem in _walk(folder, (), but):
+        name = path.relative_to(folder).as_posix()
+        suffix = path.suffix.lower()
+        if problem:
+            refused[_printable(name)] = problem
+        elif suffix in OTHER_IMAGE_SUFFIXES:
+            refused[_printable(name)] = (
+                f"{suffix.removeprefix('.').upper()} is not supported: convert it to JPEG or PNG"
+            )
+        elif suffix not in IMAGE_SUFFIXES:
+            left_out[f"files of suffix {_printable(suffix) or '(none)'}, not an image's"] += 1
+        elif _printable(name) != name:
+            # it can neither be stored as a sample id nor printed
+            refused[_printable(name)] = "its name is not valid UTF-8; rename it"
+        else:
+            files.append(name)
+    if not files:
+        kinds = " ".join(sorted(IMAGE_SUFFIXES))
+        others = "".join(f"; {name}: {why}" for name, why in list(refused.items())[:3])
+        raise DatasetError(
+            f"{option} {folder}: no image in it or below it (looked for {kinds}){others}"
+        )
+    return Listing(sorted(files), refused, left_out)
+
+
+def _walk(
+    folder: Path, above: tuple[tuple[int, int], ...], but: Path | None
+) -> Iterator[tuple[Path, str]]:
+    """Every file below a folder, and what is wrong with it; links are followed, but not in circles."""
+    try:
+        own = folder.stat()
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        yield folder, f"the folder cannot be read: {error.strerror}"
+        return
+    above = (*above, (own.st_dev, own.st_ino))
+    for entry in entries:
+        path = folder / entry.name
+        try:
+            status = entry.stat()
+        except OSError as error:
+            yield path, f"a link that leads nowhere: {error.strerror}"
+            continue
+        if (status.st_dev, status.st_ino) in above:
+            yield path, "a link to a folder that it is in itself"
+        elif stat.S_ISDIR(status.st_mode):
+            if but is None or not os.path.samestat(status, but.stat()):
+                yield from _walk(path, above, but)
+        else:
+            yield path, "" if stat.S_ISREG(status.st_mode) else "not a regular file"
+
+
+def by_stem(names: Sequence[str]) -> dict[str, list[str]]:
+    """Names by their path without suffix; `1` and `10` are two stems."""
+    stems: dict[str, list[str]] = {}
+    for name in names:
+        stems.setdefault(Path(name).with_suffix("").as_posix(), []).append(name)
+    return stems
+
+
+def _printable(name: str) -> str:
+    """The name, or with \\x escapes where its bytes are no UTF-8."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")

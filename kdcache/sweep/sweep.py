@@ -1,0 +1,382 @@
+"""Many trainings from one cache: each a run folder, resumable at any moment, in parallel.
+
+DIR/sweep.json    what was asked for, the commits of the cache that all runs see, and failures
+DIR/runs/NAME/    the runs, named by their values
+DIR/logs/         what was said of each
+DIR/sweep.csv DIR/sweep.html   the table and the page, renewed whenever a run ends
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdcache.cache.reader import Cache
+from kdcache.config import TrainConfig, validated
+from kdcache.durable import lock, write_atomic
+from kdcache.errors import ConfigError, RunError
+from kdcache.stop import StopRequest
+from kdcache.sweep.grid import Axes, Range, combinations, run_name
+from kdcache.sweep.live import Live
+from kdcache.sweep.page import sweep_page
+from kdcache.sweep.runs import SweepRun, read_run, runs_csv
+from kdcache.sweep.workers import Task, Worker, ready
+from kdcache.train.prepare import Start, find_target
+from kdcache.train.run_folder import check_cache
+from kdcache.train.student import build_student, resolve_device
+from kdcache.train.together import shared_settings
+
+log = logging.getLogger(__name__)
+
+_POLL_S = 1.0
+
+# Drawing the page takes seconds: while runs end quickly, not after each.
+_PAGE_EVERY_S = 60.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepReport:
+    """What became of a sweep; the runs in the order they were asked for."""
+
+    out: Path
+    csv: Path
+    page: Path
+    runs: Sequence[SweepRun]
+    axes: Sequence[str]
+    seconds: float
+
+    @property
+    def failed(self) -> list[SweepRun]:
+        return [run for run in self.runs if run.state == "failed"]
+
+
+@dataclass(kw_only=True)
+class _Sweep:
+    """The sweep in a folder."""
+
+    out: Path
+    cache: Path
+    fingerprint: Mapping[str, str]
+    shards: Sequence[int]
+    base: Mapping[str, Any]
+    axes: dict[str, list[Any]]
+    values: dict[str, dict[str, Any]]  # of each run, by its name
+    errors: dict[str, str] = field(default_factory=dict)
+
+    def save(self) -> None:
+        record = {name: value for name, value in vars(self).items() if name != "out"}
+        record["cache"] = str(self.cache)
+        write_atomic(self.out / "sweep.json", json.dumps(record, indent=1).encode())
+
+    def config(self, name: str) -> TrainConfig:
+        return validated(TrainConfig, {**self.base, **self.values[name]})
+
+    def path(self, name: str) -> Path:
+        return self.out / "runs" / name
+
+    def run(self, name: str) -> SweepRun:
+        return read_run(self.path(name), self.config(name), list(self.axes), self.errors.get(name))
+
+    def runs(self) -> list[SweepRun]:
+        return [self.run(name) for name in self.values]
+
+
+def sweep(
+    cache_path: Path,
+    out: Path,
+    axes: Axes,
+    base: TrainConfig,
+    *,
+    random: int | None = None,
+    device: str = "auto",
+    jobs: int | None = None,
+    together: int = 1,
+    progress: bool = False,
+) -> SweepReport:
+    """Train every combination of the axes' values, or `random` draws of them, in `out`.
+
+    Finished runs are kept, a stopped one goes on, failed ones are tried again; a larger grid adds
+    to a smaller one. All see the rows that the cache had when the sweep began. `jobs` processes
+    train at the same time (one a GPU, else one), each `together` runs on the same batches. SIGINT and
+    SIGTERM let them save, raising KeyboardInterrupt. A run's failure does not stop the others.
+    Raises KdcacheError before anything runs when the sweep cannot be what it was.
+    """
+    started = time.monotonic()
+    devices = _devices(device, jobs)
+    if out.resolve().is_relative_to(cache_path.resolve()):
+        raise RunError(f"--out {out} is inside the cache {cache_path}; choose another")
+    cache = Cache(cache_path)
+    asked = combinations(axes, base, random=random, seed=base.seed) if axes else []
+    with _claimed(out):
+        plan = _open(out, cache, axes, base, asked)
+        todo = [run.name for run in plan.runs() if run.state != "done"]
+        _check(cache, [plan.config(name) for name in todo if not _is_begun(plan.path(name))])
+        plan.errors = {name: why for name, why in plan.errors.items() if name not in todo}
+        plan.save()
+        runs = {run.name: run for run in plan.runs()}
+        with (
+            StopRequest().listening() as stop,
+            Live(list(runs.values()), shown=progress) as live,
+        ):
+            _train_all(plan, runs, todo, _Crew(devices, together), stop, live)
+        _write(plan, runs, page=True)
+    if stop.asked:
+        raise KeyboardInterrupt
+    return SweepReport(
+        out=out,
+        csv=out / "sweep.csv",
+        page=out / "sweep.html",
+        runs=list(runs.values()),
+        axes=list(plan.axes),
+        seconds=time.monotonic() - started,
+    )
+
+
+def _devices(device: str, jobs: int | None) -> list[str]:
+    """One for each process: GPUs in turn."""
+    on = resolve_device(device)
+    gpus = [on] if on != "cuda" else [f"cuda:{n}" for n in range(torch.cuda.device_count())]
+    return list(itertools.islice(itertools.cycle(gpus), jobs or len(gpus)))
+
+
+@contextlib.contextmanager
+def _claimed(out: Path) -> Iterator[None]:
+    if (
+        out.exists()
+        and not (out / "sweep.json").exists()
+        and (not out.is_dir() or any(out.iterdir()))
+    ):
+        raise RunError(f"{out} exists and holds no sweep; choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    descriptor = lock(out)
+    if descriptor is None:
+        raise RunError(f"{out}: another process is sweeping there; wait for it, or stop it")
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _open(
+    out: Path,
+    cache: Cache,
+    axes: Axes,
+    base: TrainConfig,
+    asked: Sequence[tuple[dict[str, Any], TrainConfig]],
+) -> _Sweep:
+    """The sweep of a folder with what is asked for added, or a new one."""
+    runs = {run_name(values): values for values, _ in asked}
+    own = {key: value for key, value in base.model_dump().items() if key not in axes}
+    found = _read(out)
+    if found is None:
+        if not runs:
+            raise ConfigError("nothing to sweep: give --grid key=value,value,…")
+        return _Sweep(
+            out=out,
+            cache=cache.path,
+            fingerprint=dict(cache.manifest.fingerprint),
+            shards=[commit.shard for commit in cache.commits],
+            base=own,
+            axes=_listed(axes, runs.values()),
+            values=runs,
+        )
+    check_cache(out, {"fingerprint": found.fingerprint}, cache.path)
+    found.cache = cache.path  # it may have moved
+    if not runs:
+        return found
+    for key in own.keys() & found.base.keys():
+        if own[key] != found.base[key]:
+            raise RunError(
+                f"{out} was swept with {key} = {found.base[key]}, now {own[key]} was asked for: "
+                "leave that setting out, or choose another --out"
+            )
+    # what was fixed before and is swept now, or the other way round, each run has for itself
+    for name, values in found.values.items():
+        runs.setdefault(name, values)
+    found.axes = _listed(axes, runs.values(), found.axes)
+    fixed = {key: value for key, value in {**found.base, **own}.items() if key not in found.axes}
+    for name, values in runs.items():
+        before = found.base if name in found.values else own
+        runs[name] = {key: values.get(key, before.get(key)) for key in found.axes}
+    # names stay: a run is found again under the values it was named by
+    found.base, found.values = fixed, runs
+    return found
+
+
+def _listed(
+    axes: Axes, runs: Any, before: Mapping[str, Sequence[Any]] | None = None
+) -> dict[str, list[Any]]:
+    """The axes with all values that runs have, in order: those asked for first."""
+    listed: dict[str, list[Any]] = {}
+    for key in dict.fromkeys([*axes, *(before or {})]):
+        asked = axes.get(key, [])
+        values = [] if isinstance(asked, Range) else list(asked)
+        values += [run[key] for run in runs if key in run] + list((before or {}).get(key, []))
+        listed[key] = list(dict.fromkeys(values))
+    return listed
+
+
+def _read(out: Path) -> _Sweep | None:
+    path = out / "sweep.json"
+    if not path.exists():
+        return None
+    try:
+        record = json.loads(path.read_text())
+        return _Sweep(out=out, **(record | {"cache": Path(record["cache"])}))
+    except (ValueError, TypeError, KeyError) as error:
+        raise RunError(f"{path} is no record of a sweep: {error}; choose another --out") from error
+
+
+def _check(cache: Cache, configs: Sequence[TrainConfig]) -> None:
+    """Raise what every run would end with, before the first begins."""
+    for config in configs:
+        find_target(cache, config)
+    for encoder, weights in {(c.student_encoder, c.encoder_weights) for c in configs}:
+        build_student(encoder, weights)
+
+
+class _Crew:
+    """The processes, and how many runs each takes at once."""
+
+    def __init__(self, devices: Sequence[str], together: int) -> None:
+        self.together = together
+        self._devices = devices
+        on_cpu = devices[0] == "cpu"
+        self._threads = max(1, torch.get_num_threads() // len(devices)) if on_cpu else None
+        self._workers: list[Worker | None] = [None] * len(devices)
+
+    @property
+    def busy(self) -> list[Worker]:
+        return [worker for worker in self._workers if worker is not None and worker.task]
+
+    def idle(self) -> Iterator[Worker]:
+        """Each process without a task, started when it is needed."""
+        for number, worker in enumerate(self._workers):
+            if worker is not None and worker.task:
+                continue
+            if worker is not None and worker.alive:
+                yield worker
+                continue
+            self._workers[number] = new = Worker(self._devices[number], self._threads)
+            yield new
+
+    def stop(self) -> None:
+        for worker in self._workers:
+            if worker is not None:
+                worker.stop()
+
+    def close(self) -> None:
+        for worker in self.busy:  # an error of ours: nobody would fetch its result
+            worker.stop()
+        for one in self._workers:
+            if one is not None:
+                one.close()
+
+
+def _train_all(
+    plan: _Sweep,
+    runs: dict[str, SweepRun],
+    todo: Sequence[str],
+    crew: _Crew,
+    stop: StopRequest,
+    live: Live,
+) -> None:
+    """Give out the runs until all have ended, and keep `runs` up to date."""
+    waiting = _grouped(plan, todo, crew.together)
+    drawn, stopping = time.monotonic(), False
+    try:
+        while waiting or crew.busy:
+            if stop.asked and not stopping:
+                stopping = True
+                waiting.clear()
+                crew.stop()
+            if waiting:
+                for worker in crew.idle():
+                    if names := _next_free(plan, waiting):
+                        worker.give(_task(plan, names))
+            for worker in ready(crew.busy, _POLL_S):
+                ended = worker.result()
+                for path, error in ended.items():
+                    if error and not stopping:
+                        plan.errors[path.name] = error
+                        log.warning("%s failed: %s", path.name, error)
+                    runs[path.name] = plan.run(path.name)
+                plan.save()
+                late = time.monotonic() - drawn > _PAGE_EVERY_S
+                _write(plan, runs, page=late)
+                drawn = time.monotonic() if late else drawn
+            training = [s.out.name for w in crew.busy if w.task for s in w.task.starts]
+            runs |= {name: plan.run(name) for name in training}
+            live.show(list(runs.values()), training)
+    finally:
+        crew.close()
+
+
+def _grouped(plan: _Sweep, names: Sequence[str], together: int) -> list[list[str]]:
+    """Runs one by one, or those that can share their batches up to so many at once."""
+    groups: dict[tuple[object, ...], list[str]] = {}
+    for name in names:
+        config = plan.config(name)
+        # a run without features would have the others' read for it
+        key = (*shared_settings(config), config.feature_weight > 0) if together > 1 else (name,)
+        groups.setdefault(key, []).append(name)
+    return [
+        group[first : first + together]
+        for group in groups.values()
+        for first in range(0, len(group), together)
+    ]
+
+
+def _next_free(plan: _Sweep, waiting: list[list[str]]) -> list[str] | None:
+    """The first runs that nobody trains: what a killed sweep left behind is still saving."""
+    for names in waiting:
+        if all(_is_free(plan.path(name)) for name in names):
+            waiting.remove(names)
+            return names
+    return None
+
+
+def _task(plan: _Sweep, names: Sequence[str]) -> Task:
+    starts = [
+        Start(
+            out=plan.path(name),
+            config=plan.config(name),
+            resume=_is_begun(plan.path(name)),
+            shards=plan.shards,
+        )
+        for name in names
+    ]
+    return Task(cache=plan.cache, starts=starts, log=plan.out / "logs" / f"{names[0]}.log")
+
+
+def _is_begun(run: Path) -> bool:
+    return (run / "run.json").exists()
+
+
+def _is_free(run: Path) -> bool:
+    if not run.exists():
+        return True
+    descriptor = lock(run)
+    if descriptor is None:
+        return False
+    os.close(descriptor)
+    return True
+
+
+def _write(plan: _Sweep, runs: Mapping[str, SweepRun], *, page: bool) -> None:
+    """The table, and the page, of what there is by now."""
+    found = list(runs.values())
+    write_atomic(plan.out / "sweep.csv", runs_csv(found, list(plan.axes)).encode())
+    if page:
+        text = sweep_page(f"Sweep {plan.out.name}", found, plan.axes, plan.base)
+        write_atomic(plan.out / "sweep.html", text.encode())

@@ -1,0 +1,163 @@
+"""Processes that train runs for a sweep: one dies, the sweep lives; the sweep dies, they stop."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import queue
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+
+from kdcache.errors import KdcacheError
+from kdcache.train.prepare import Start
+
+# CUDA and threads do not survive a fork.
+_CONTEXT = multiprocessing.get_context("spawn")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """Runs for one process: one, or several that train together."""
+
+    cache: Path
+    starts: Sequence[Start]
+    log: Path  # a file that what is said of them is added to
+
+
+class Worker:
+    """A process on one device, that takes one task after the other."""
+
+    def __init__(self, device: str, threads: int | None) -> None:
+        self.task: Task | None = None
+        self._pipe, theirs = _CONTEXT.Pipe()
+        self._process: SpawnProcess = _CONTEXT.Process(
+            target=_work, args=(theirs, device, threads), daemon=True
+        )
+        self._process.start()
+        theirs.close()
+
+    def give(self, task: Task) -> None:
+        """Let it train these runs."""
+        self.task = task
+        self._pipe.send(task)
+
+    def result(self) -> Mapping[Path, str | None]:
+        """What became of the task's runs: None of a finished one, '' of a stopped one, or the error.
+
+        To be called when `ready` names this worker.
+        """
+        assert self.task is not None
+        outs = [start.out for start in self.task.starts]
+        self.task = None
+        try:
+            found: Mapping[Path, str | None] = self._pipe.recv()
+        except (EOFError, OSError):
+            self._process.join()
+            return dict.fromkeys(outs, _death(self._process.exitcode or 0))
+        return found
+
+    @property
+    def alive(self) -> bool:
+        """Whether it can be given a task."""
+        return self._process.is_alive()
+
+    def stop(self) -> None:
+        """Ask it to save and stop; asked again it stops at once."""
+        self._process.terminate()
+
+    def close(self) -> None:
+        """End it when its task is done."""
+        with contextlib.suppress(OSError):  # it may be dead
+            self._pipe.send(None)
+        self._process.join()
+        self._pipe.close()
+
+
+def ready(workers: Sequence[Worker], timeout_s: float) -> list[Worker]:
+    """Those that have finished their task, or died, within the time."""
+    by_pipe: dict[Connection, Worker] = {w._pipe: w for w in workers if w.task is not None}
+    return [
+        by_pipe[pipe] for pipe in wait(list(by_pipe), timeout_s) if isinstance(pipe, Connection)
+    ]
+
+
+def _death(exitcode: int) -> str:
+    if exitcode >= 0:
+        return f"its process ended with status {exitcode}; its log tells why"
+    name = signal.Signals(-exitcode).name
+    hint = ": out of memory? The kernel's log tells" if name == "SIGKILL" else ""
+    return f"its process was killed by {name}{hint}"
+
+
+def _work(pipe: Connection, device: str, threads: int | None) -> None:
+    """What the process does: a terminal's Ctrl-C is not for it, the end of the sweep is."""
+    os.setsid()
+    import torch
+
+    from kdcache.allocator import keep_freed_memory
+
+    keep_freed_memory()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    tasks: queue.Queue[Task | None] = queue.Queue()
+    threading.Thread(target=_listen, args=(pipe, tasks), daemon=True).start()
+    while (task := tasks.get()) is not None:
+        result = _trained(task, device)
+        try:
+            pipe.send(result)
+        except OSError:  # nobody is there any more
+            return
+
+
+def _listen(pipe: Connection, tasks: queue.Queue[Task | None]) -> None:
+    """Pass tasks on; when the sweep is gone, end as if asked to: save, then stop."""
+    while True:
+        try:
+            task = pipe.recv()
+        except (EOFError, OSError):
+            tasks.put(None)
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
+        tasks.put(task)
+        if task is None:
+            return
+
+
+def _trained(task: Task, device: str) -> dict[Path, str | None]:
+    from kdcache.train.together import train_together
+
+    outs = [start.out for start in task.starts]
+    with _logging_to(task.log) as log:
+        try:
+            found = train_together(task.cache, task.starts, device=device)
+        except KeyboardInterrupt:
+            return dict.fromkeys(outs, "")
+        except KdcacheError as error:
+            return dict.fromkeys(outs, str(error))
+        except Exception as error:
+            log.exception("%s", ", ".join(map(str, outs)))
+            first = (str(error).splitlines() or [""])[0]
+            return dict.fromkeys(outs, f"{type(error).__name__}: {first} (all of it in {task.log})")
+    return {out: str(r) if isinstance(r, KdcacheError) else None for out, r in found.items()}
+
+
+@contextlib.contextmanager
+def _logging_to(path: Path) -> Iterator[logging.Logger]:
+    log = logging.getLogger("kdcache")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield log
+    finally:
+        log.removeHandler(handler)
+        handler.close()
