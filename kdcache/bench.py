@@ -16,9 +16,9 @@ import torch
 
 from kdcache.cache.reader import Cache
 from kdcache.cache.shard import CRC_BYTES, decompress
-from kdcache.config import ExtractConfig, TrainConfig
+from kdcache.config import TrainConfig
+from kdcache.costs import Cost, costs
 from kdcache.errors import CacheError
-from kdcache.precompute.teacher import Teacher, network_settings
 from kdcache.train.loader import (
     Batch,
     Tally,
@@ -29,7 +29,7 @@ from kdcache.train.loader import (
     wanted_arrays,
 )
 from kdcache.train.parallel import Processes
-from kdcache.train.run_folder import State, read_best_student, read_config
+from kdcache.train.run_folder import State, read_config
 from kdcache.train.step import (
     Taken,
     check_compiler,
@@ -43,16 +43,6 @@ from kdcache.train.student import Projection, build_student, resolve_device
 _ROWS = 256  # that a round reads; those of a small cache more than once
 _ROUNDS = 5
 _DECODINGS = 3
-_LATENCIES = 5
-
-
-@dataclass(frozen=True, kw_only=True)
-class Size:
-    """What a network costs where it is deployed: one image at a time."""
-
-    parameters: int
-    size_bytes: int  # of its weights as float32
-    latency_ms: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +64,7 @@ class BenchReport:
     step_s: float | None  # None without steps
     images_per_s: float | None
     data_wait_fraction: float | None
-    student: Size | None
-    teacher: Size | None
+    costs: Sequence[Cost]  # of student and teacher, as far as they were given
 
 
 def bench(
@@ -95,7 +84,7 @@ def bench(
     that are not what they should be.
     """
     on = resolve_device(device)
-    config = _usable(TrainConfig() if run is None else read_config(run), cache)
+    config = _usable(read_config(run) if run is not None and run.is_dir() else TrainConfig(), cache)
     if not (train_rows := cache.rows_of("train")):
         raise CacheError(f"{cache.path} has no rows of split 'train' to be timed")
     size = batch_size or config.batch_size
@@ -128,8 +117,7 @@ def bench(
         steps=steps,
         **vars(rates),
         **vars(pace),
-        student=None if run is None else _student(run, on),
-        teacher=None if teacher is None else _teacher(teacher, cache, on),
+        costs=costs(cache, run, teacher, device),
     )
 
 
@@ -268,37 +256,3 @@ def _random_state(cache: Cache, config: TrainConfig, device: str) -> State:
         projection = Projection(student.tap_channels, config.projection_hidden_dim, channels)
         projection.to(device)
     return untrained_state(student, projection, config, device)
-
-
-def _student(run: Path, device: str) -> Size:
-    student, metadata = read_best_student(run)
-    unet, size_px = student.unet.to(device), metadata["size_px"]
-    pixels = torch.zeros(1, 3, size_px, size_px, device=device)
-
-    def infer() -> None:
-        with torch.inference_mode():
-            unet(pixels).cpu()
-
-    return _size(sum(p.numel() for p in unet.parameters()), infer)
-
-
-def _teacher(path: Path, cache: Cache, device: str) -> Size:
-    """Of the file given, as the teacher that made the cache was built."""
-    size_px = cache.manifest.size_px
-    network = cache.manifest.fingerprint.get("teacher_network")
-    settings = (
-        network_settings(network) if network else {"encoder": ExtractConfig().teacher_encoder}
-    )
-    teacher = Teacher(path, device=torch.device(device).type, size_px=size_px, **settings)
-    image = np.zeros((1, size_px, size_px, 3), np.uint8)
-    return _size(teacher.parameters, lambda: teacher.logits(image))
-
-
-def _size(parameters: int, infer: Callable[[], object]) -> Size:
-    infer()
-    times = []
-    for _ in range(_LATENCIES):
-        started = time.perf_counter()
-        infer()
-        times.append(time.perf_counter() - started)
-    return Size(parameters=parameters, size_bytes=4 * parameters, latency_ms=1000 * median(times))

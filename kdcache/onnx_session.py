@@ -54,17 +54,25 @@ class OnnxNetwork:
     """An ONNX graph from one image input to its first output, on one device.
 
     Hides whether the graph's batch is dynamic or fixed and its input float32 or float16. With
-    `photos` the graph takes uint8 pixels, (N, size, size, 3). Raises ModelError when it does not load
+    `photos` the graph takes uint8 pixels, (N, size, size, 3). `spinning` lets idle threads wait
+    busily on the CPU, as is onnxruntime's default. Raises ModelError when it does not load
     or does not take (N, 3, size, size), or those, ProviderError when ONNX Runtime fell back to
     another provider than `device` ('cpu', 'cuda', 'tensorrt') needs.
     """
 
     def __init__(
-        self, model: bytes, path: Path, device: str, size_px: int, *, photos: bool = False
+        self,
+        model: bytes,
+        path: Path,
+        device: str,
+        size_px: int,
+        *,
+        photos: bool = False,
+        spinning: bool = False,
     ) -> None:
         self._path = path
         self.device = torch_device(device)
-        self._session = _open_session(model, path, device)
+        self._session = _open_session(model, path, device, spinning)
         # results of other types, such as float64, are converted there
         self._through_host = (
             self.device == "cpu" or self._session.get_outputs()[0].type not in _DTYPES
@@ -168,7 +176,7 @@ _NUMPY_DTYPES = {
 }
 
 
-def _open_session(model: bytes, path: Path, device: str) -> Any:
+def _open_session(model: bytes, path: Path, device: str, spinning: bool) -> Any:
     wanted = _PROVIDERS[device]
     if wanted not in onnxruntime.get_available_providers():
         raise ProviderError(
@@ -179,7 +187,7 @@ def _open_session(model: bytes, path: Path, device: str) -> Any:
     providers = _providers(model, device)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    if device == "cpu":
+    if device == "cpu" and not spinning:
         # its threads would spin on the cores that encode and compress rows beside them, and those of
         # a torch teacher: an extraction took 6 % longer, the model alone no less
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")

@@ -12,6 +12,7 @@ from kdcache.tables import duration, megabytes, printable, table
 if TYPE_CHECKING:
     from kdcache.bench import BenchReport
     from kdcache.cache.verify import VerifyReport
+    from kdcache.costs import Cost
     from kdcache.demo import DemoReport
     from kdcache.precompute.check import Check
     from kdcache.precompute.extract import ExtractReport
@@ -238,19 +239,40 @@ def bench_text(report: BenchReport) -> str:
         lines.append(
             f"a step takes {report.step_s:.3f} s, {report.data_wait_fraction:.1%} of it waiting for data"
         )
-    sizes: list[Sequence[str]] = [("", "parameters", "as float32", "latency, one image")]
-    for name, size in (("student", report.student), ("teacher", report.teacher)):
-        if size is not None:
-            sizes.append(
-                (
-                    name,
-                    f"{size.parameters / 1e6:.2f} M",
-                    megabytes(size.size_bytes),
-                    f"{size.latency_ms:.1f} ms",
-                )
-            )
-    if len(sizes) > 1:
-        lines += ["", table(sizes)]
+    if report.costs:
+        lines += ["", costs_text(report.costs)]
+    return "\n".join(lines)
+
+
+def costs_text(found: Sequence[Cost]) -> str:
+    """Student beside teacher, and what the design document expects of the two."""
+    from kdcache.costs import ratios  # here only: it loads torch
+
+    rows: list[Sequence[str]] = [
+        ("one image at a time", "parameters", "float32", "median", "p95", "runs", "memory")
+    ]
+    rows += [
+        (
+            f"{cost.network}, {cost.runtime} on {cost.device}",
+            f"{cost.parameters / 1e6:.2f} M",
+            megabytes(cost.size_bytes),
+            f"{cost.latency_ms:.1f} ms",
+            f"{cost.latency_p95_ms:.1f} ms",
+            str(cost.runs),
+            megabytes(cost.memory_bytes),
+        )
+        for cost in found
+    ]
+    compared: list[Sequence[str]] = [("student against teacher", "measured", "design document")]
+    for what, measured, expected in ratios(found):
+        if what == "smaller":
+            values = (f"{measured:.0%}" if measured >= 0 else "no, larger", f"{expected:.0%}")
+        else:
+            values = (f"{measured:.2f}×", f"{expected:.2f}×")
+        compared.append((what, *values))
+    lines = [table(rows)]
+    if len(compared) > 1:
+        lines += ["", table(compared)]
     return "\n".join(lines)
 
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 
 from kdcache.bench import bench, read_floor
 from kdcache.cache.reader import Cache
 from kdcache.cli import main
 from kdcache.config import TrainConfig
-from kdcache.errors import CacheError, RunError
+from kdcache.costs import Cost, costs, ratios
+from kdcache.errors import CacheError, ModelError, RunError
 from kdcache.precompute.dataset import folder_dataset
 from kdcache.precompute.extract import extract
+from kdcache.report import costs_text
 from kdcache.train.loader import wanted_arrays
 from kdcache.train.loop import train
 
@@ -30,10 +34,20 @@ def test_the_command_tells_rates_sizes_and_latency(cache, standins, tmp_path):
         assert found[key] > 0, key
     assert 0 < found["loader_of_floor"] < 2
     assert 0 <= found["data_wait_fraction"] < 1
-    assert found["student"]["parameters"] == 6_251_469
-    assert found["student"]["size_bytes"] == 4 * found["student"]["parameters"]
-    assert found["teacher"]["parameters"] == 4
-    assert found["teacher"]["latency_ms"] > 0
+    measured = {(cost["network"], cost["runtime"]): cost for cost in found["costs"]}
+    assert set(measured) == {
+        ("student", "PyTorch"),
+        ("student", "ONNX Runtime"),
+        ("teacher", "ONNX Runtime"),
+    }
+    for (network, _), cost in measured.items():
+        assert cost["device"] == "cpu"
+        assert cost["parameters"] == (6_251_469 if network == "student" else 4)
+        assert cost["size_bytes"] == 4 * cost["parameters"]
+        assert 0 < cost["latency_ms"] <= cost["latency_p95_ms"]
+        assert cost["runs"] >= 10
+    # the weights, at least, have to be somewhere
+    assert measured["student", "PyTorch"]["memory_bytes"] > 25e6
     text = CliRunner().invoke(main, ["bench", str(cache.path), "--steps", "0"]).stdout
     assert "of the floor" in text
     assert "training" not in text
@@ -41,7 +55,8 @@ def test_the_command_tells_rates_sizes_and_latency(cache, standins, tmp_path):
 
 def test_row_bytes_are_those_that_the_losses_use(cache, standins, tmp_path):
     whole = bench(cache, steps=0, device="cpu")
-    assert whole.student is whole.teacher is whole.step_s is None
+    assert whole.step_s is None
+    assert whole.costs == []
     standins.extract(tmp_path / "c", store="logits", yolo_onnx_path=None)
     half = bench(Cache(tmp_path / "c"), steps=1, device="cpu")
     assert half.row_bytes < whole.row_bytes
@@ -87,3 +102,51 @@ def test_a_run_that_was_compiled_needs_a_compiler_here_too(cache, tmp_path, monk
     monkeypatch.setattr("kdcache.train.step._COMPILER", no_compiler)
     with pytest.raises(RunError, match=r"compile = true: .*g\+\+ is not there"):
         bench(cache, run=trained, steps=1, device="cpu")
+
+
+def cost(network, runtime, latency_ms, parameters):
+    return Cost(
+        network=network,
+        runtime=runtime,
+        device="cpu",
+        parameters=parameters,
+        size_bytes=4 * parameters,
+        latency_ms=latency_ms,
+        latency_p95_ms=latency_ms,
+        runs=10,
+        memory_bytes=0,
+    )
+
+
+def test_the_design_documents_claims_are_rows_of_what_was_measured():
+    found = [
+        cost("student", "PyTorch", 20.0, 6_250_000),
+        cost("student", "ONNX Runtime", 10.0, 6_250_000),
+        cost("teacher", "PyTorch", 60.0, 13_160_000),
+    ]
+    assert ratios(found) == [
+        ("faster, PyTorch on cpu", 3.0, 2.5),
+        ("smaller", pytest.approx(0.525, abs=1e-3), 0.5),
+    ]
+    lines = costs_text(found).splitlines()
+    assert lines[-2].split()[-2:] == ["3.00×", "2.50×"]
+    assert lines[-1].split()[-2:] == ["53%", "50%"]
+
+
+def test_a_teachers_checkpoint_is_measured_in_both_runtimes(cache, tmp_path):
+    """Its graph is made here; a small encoder, for time."""
+    import segmentation_models_pytorch as smp
+
+    torch.save(smp.Unet("resnet18", encoder_weights=None).state_dict(), tmp_path / "t.pth")
+    fingerprint = dict(cache.manifest.fingerprint) | {"teacher_network": "smp.Unet(resnet18)"}
+    other = Cache(cache.path)
+    other.manifest = dataclasses.replace(cache.manifest, fingerprint=fingerprint)
+    found = costs(other, None, tmp_path / "t.pth", "cpu")
+    assert [c.runtime for c in found] == ["PyTorch", "ONNX Runtime"]
+    assert all(c.parameters > 14e6 and c.memory_bytes > 50e6 for c in found)
+
+
+def test_an_exported_student_has_no_pytorch_to_measure(cache, tmp_path):
+    (tmp_path / "s.onnx").write_bytes(b"")
+    with pytest.raises(ModelError):
+        costs(cache, tmp_path / "s.onnx", None, "cpu")

@@ -20,7 +20,7 @@ from kdcache.cache.reader import Cache
 from kdcache.errors import DeviceMemoryError, ModelError, ProviderError, RunError
 from kdcache.precompute.dataset import unlabelled_dataset
 from kdcache.precompute.extract import extract
-from kdcache.train import loop, losses
+from kdcache.train import loop, losses, prepare
 from kdcache.train.loader import Tally
 from kdcache.train.run_folder import read_checkpoint
 from kdcache.train.student import build_student
