@@ -129,7 +129,7 @@ def export_text(report: ExportReport) -> str:
     lines += [table(rows), ""]
     measured: list[Sequence[str]] = [("one image, this CPU", "PyTorch", "this file")]
     if report.miou is not None and report.pytorch_miou is not None:
-        lost = report.pytorch_miou - report.miou
+        lost = round(report.pytorch_miou - report.miou, 4) + 0.0  # no minus before a zero
         measured.append(
             (f"mIoU on {report.rows} rows", f"{report.pytorch_miou:.4f}", f"{report.miou:.4f}")
         )
