@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import multiprocessing
 import statistics
@@ -27,6 +28,8 @@ from kdcache.onnx_graph import read_model
 from kdcache.onnx_session import OnnxNetwork
 from kdcache.precompute.teacher import load_checkpoint, network_settings
 from kdcache.train.student import resolve_device
+
+log = logging.getLogger(__name__)
 
 Runtime = Literal["PyTorch", "ONNX Runtime"]
 
@@ -123,6 +126,7 @@ def _parameters(module: torch.nn.Module) -> int:
 
 def _measured_apart(network: _Network) -> Cost:
     """In a process of its own, whose memory nothing else has used."""
+    log.info("measuring the %s in %s on %s", network.name, network.runtime, network.device)
     context = multiprocessing.get_context("spawn")
     try:
         with ProcessPoolExecutor(1, mp_context=context) as pool:

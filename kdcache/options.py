@@ -6,7 +6,7 @@ import functools
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,13 @@ cache_argument = click.argument("cache", type=click.Path(path_type=Path))
 path = click.Path(path_type=Path)
 
 
+def _with(options: Sequence[Callable[[Command], Command]], command: Command) -> Command:
+    """The options in the order in which help shows them."""
+    for one in reversed(options):
+        command = one(command)
+    return command
+
+
 def train_options(command: Command) -> Command:
     """What people set daily of a training: of `train` and `sweep`."""
     options = [
@@ -105,9 +112,7 @@ def train_options(command: Command) -> Command:
         ),
         device_option,
     ]
-    for one in reversed(options):
-        command = one(command)
-    return command
+    return _with(options, command)
 
 
 def input_options(command: Command) -> Command:
@@ -172,6 +177,4 @@ def input_options(command: Command) -> Command:
             help="Threads that decode photos, and as many that compress rows.",
         ),
     ]
-    for one in reversed(options):
-        command = one(command)
-    return command
+    return _with(options, command)

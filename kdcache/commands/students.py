@@ -208,7 +208,7 @@ def evaluate(
 
     opened = kdcache.open(cache)
     networks = [open_student(student, device) for student in students]
-    evaluations = [scoring.evaluate(network, opened, split) for network in networks]
+    evaluations = [scoring.evaluate(network, opened, split, progress=True) for network in networks]
     if table_file is not None:
         scoring.save_images_csv(table_file, evaluations)
     if png is not None:

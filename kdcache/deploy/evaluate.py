@@ -18,6 +18,7 @@ from kdcache.drawing import U8, compared, lit, masked, sheet
 from kdcache.durable import write_atomic
 from kdcache.errors import RunError, device_memory
 from kdcache.imaging import IGNORE, PADDING, PERSON
+from kdcache.progress import Progress
 from kdcache.train.loader import read_batches
 from kdcache.train.run_folder import check_cache
 from kdcache.train.score import Scored, score_images, summary
@@ -62,7 +63,12 @@ class Evaluation:
 
 
 def evaluate(
-    student: Path | TrainedStudent, cache: Cache, split: str = "val", device: str = "auto"
+    student: Path | TrainedStudent,
+    cache: Cache,
+    split: str = "val",
+    device: str = "auto",
+    *,
+    progress: bool = False,
 ) -> Evaluation:
     """Score a student on a split: a run's best one, or one in a file of its own.
 
@@ -76,19 +82,23 @@ def evaluate(
         splits = ", ".join(sorted({key.split for key in cache.keys})) or "none"
         raise RunError(f"{cache.path} has no rows of split {split!r}; it has {splits}: use --split")
     temperature = one.config.last_temperature
-    with device_memory("evaluating", "use --device cpu"):
-        images = list(
-            score_images(
-                one.run,
-                cache,
-                rows,
-                one.config,
-                projection=one.projection,
-                tap=one.record["tap"] if one.record else None,
-                temperature=temperature,
-                device=one.device,
-            )
-        )
+    images: list[Scored] = []
+    with (
+        device_memory("evaluating", "use --device cpu"),
+        Progress(f"evaluate {one.path}", len(rows), "images", shown=progress) as shown,
+    ):
+        for image in score_images(
+            one.run,
+            cache,
+            rows,
+            one.config,
+            projection=one.projection,
+            tap=one.record["tap"] if one.record else None,
+            temperature=temperature,
+            device=one.device,
+        ):
+            images.append(image)
+            shown.reach(len(images))
     return Evaluation(
         student=one.path,
         split=split,

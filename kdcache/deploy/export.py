@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ from kdcache.pixels import normalised
 from kdcache.train.loader import shuffled
 from kdcache.train.metrics import compare, mean
 from kdcache.train.run_folder import read_record
+
+log = logging.getLogger(__name__)
 
 Precision = Literal["float32", "float16", "int8"]
 
@@ -138,6 +141,7 @@ def export(
     with replacing(out) as temporary:
         weights = _write(unet, size_px, temporary, metadata, precision, preprocessing, fixed_batch)
         if precision == "int8" and cache is not None:
+            log.info("calibrating on %d rows", calibration_rows)
             inputs = _calibration(cache, calibration_rows, preprocessing, fixed_batch or 1)
             quantise(temporary, temporary, inputs)
         exported = open_onnx_student(temporary, "cpu")
@@ -146,6 +150,7 @@ def export(
         if precision == "float32":
             _check(agreement, out)
         scored = _scored_rows(cache, rows)
+        log.info("comparing with PyTorch on %d rows", len(scored))
         photo = _photos(cache, 1, size_px)
         report = ExportReport(
             path=out,

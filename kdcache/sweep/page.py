@@ -216,8 +216,8 @@ def _best(sweep: _Sweep, groups: Sequence[_Group]) -> list[str]:
     lines = [name, f"{_METRICS[sweep.metric]} {_text(scores[0])} ({of})"]
     if len(scores) > 1:
         lead = abs(scores[1] - scores[0])
-        lines.append(f"{_text(lead)} better than the next")
-        if spread is not None and lead < spread:
+        lines.append(f"{_text(lead)} better than the next" if lead else "no better than the next")
+        if lead and spread is not None and lead < spread:
             lines[-1] += f", less than its deviation over seeds, {_text(spread)}"
     return lines
 

@@ -44,11 +44,15 @@ MIXED = (
 )
 
 
-@pytest.mark.parametrize("shared", [{}, {"mixed_precision": True, "gradient_accumulation": 2}])
-def test_together_equals_apart(cache, tmp_path, shared):
+@pytest.mark.parametrize(
+    ("settings", "shared"),
+    [(MIXED, {}), (MIXED[:2], {"mixed_precision": True, "gradient_accumulation": 2})],
+    ids=["float32", "bfloat16, accumulated"],
+)
+def test_together_equals_apart(cache, tmp_path, settings, shared):
     starts = [
         Start(out=tmp_path / f"t{n}", config=config(**changes, **shared))
-        for n, changes in enumerate(MIXED)
+        for n, changes in enumerate(settings)
     ]
     found = train_together(cache.path, starts, device="cpu")
     for n, start in enumerate(starts):
