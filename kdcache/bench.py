@@ -76,6 +76,7 @@ def bench(
     batch_size: int | None = None,
     workers: int = 2,
     steps: int = 4,
+    teacher_encoder: str | None = None,
 ) -> BenchReport:
     """Time the loader, a training step, and the student beside the teacher.
 
@@ -94,6 +95,8 @@ def bench(
     arrays = wanted_arrays(cache, taps, logits)
     if config.compile and steps:
         check_compiler(on)
+    # first, so that a wrong file is told at once
+    measured = costs(cache, run, teacher, device, teacher_encoder)
     rates = _loader_rates(cache, rows, arrays, size, workers)
 
     def decoded() -> Iterator[object]:
@@ -117,7 +120,7 @@ def bench(
         steps=steps,
         **vars(rates),
         **vars(pace),
-        costs=costs(cache, run, teacher, device),
+        costs=measured,
     )
 
 

@@ -13,6 +13,11 @@ from kdcache.allocator import keep_freed_memory
 from kdcache.commands import frozen, students
 from kdcache.errors import KdcacheError
 from kdcache.options import EXIT_FAILED, example, leads
+from kdcache.stop import interrupted_by_sigterm
+
+# Commands that find on disk what they did before.
+_GOING_ON = ("extract", "train", "sweep")
+_SAME_COMMAND = "; what is committed stays: the same command (train: with --resume) goes on"
 
 
 class _Group(click.Group):
@@ -20,7 +25,8 @@ class _Group(click.Group):
 
     def invoke(self, context: click.Context) -> Any:
         try:
-            return super().invoke(context)
+            with interrupted_by_sigterm():
+                return super().invoke(context)
         except (KdcacheError, OSError) as error:  # a full or read-only disk is no bug
             if isinstance(error, BrokenPipeError):
                 raise
@@ -29,11 +35,8 @@ class _Group(click.Group):
             context.exit(EXIT_FAILED)
         except KeyboardInterrupt:
             if leads():
-                click.echo(
-                    "stopped; what is committed stays: the same command (train: with --resume) "
-                    "goes on",
-                    err=True,
-                )
+                goes_on = context.invoked_subcommand in _GOING_ON
+                click.echo("stopped" + _SAME_COMMAND * goes_on, err=True)
             context.exit(EXIT_FAILED)
 
 

@@ -23,7 +23,7 @@ from kdcache.cache.reader import Cache
 from kdcache.config import ExtractConfig
 from kdcache.deploy.graph import write_onnx
 from kdcache.deploy.trained import open_student
-from kdcache.errors import DeviceMemoryError, ModelError
+from kdcache.errors import DeviceMemoryError, ModelError, RunError
 from kdcache.onnx_graph import read_model
 from kdcache.onnx_session import OnnxNetwork
 from kdcache.precompute.teacher import load_checkpoint, network_settings
@@ -69,20 +69,25 @@ class _Network:
 
 
 def costs(
-    cache: Cache, student: Path | None, teacher: Path | None, device: str = "auto"
+    cache: Cache,
+    student: Path | None,
+    teacher: Path | None,
+    device: str = "auto",
+    teacher_encoder: str | None = None,
 ) -> list[Cost]:
     """Student and teacher, as far as given, in PyTorch and ONNX Runtime.
 
     `auto` measures on the CPU and, where there is one, on the GPU. A teacher that is an ONNX file
-    is measured in ONNX Runtime alone. Raises KdcacheError for files that are not what they should
+    is measured in ONNX Runtime alone; a checkpoint is of `teacher_encoder`, else of the encoder that
+    made the cache. Raises KdcacheError for files that are not what they should
     be, or when the memory does not suffice.
     """
     on = resolve_device(device)
     devices = list(dict.fromkeys(["cpu", on])) if device == "auto" else [on]
     with TemporaryDirectory() as folder:
-        made = [] if student is None else _student_networks(student, Path(folder))
+        made = [] if student is None else _student_networks(student, cache, Path(folder))
         if teacher is not None:
-            made += _teacher_networks(teacher, cache, Path(folder))
+            made += _teacher_networks(teacher, cache, Path(folder), teacher_encoder)
         return [
             _measured_apart(dataclasses.replace(network, device=on))
             for on in devices
@@ -90,25 +95,32 @@ def costs(
         ]
 
 
-def _student_networks(student: Path, folder: Path) -> list[_Network]:
+def _student_networks(student: Path, cache: Cache, folder: Path) -> list[_Network]:
     one = open_student(student, "cpu")
     if one.unet is None:
         raise ModelError(f"--run {student}: give the run folder or .safetensors of the student")
+    if one.size_px != cache.manifest.size_px:
+        raise RunError(
+            f"--run {student}: its student takes {one.size_px} px, {cache.path} holds "
+            f"{cache.manifest.size_px}: give a cache of its size, for the teacher is measured at that"
+        )
     graph = folder / "student.onnx"
     write_onnx(one.unet.eval(), _pixels(2, one.size_px), ["logits"], graph)
     own = _Network("student", "PyTorch", "cpu", student, "", one.size_px, _parameters(one.unet))
     return [own, dataclasses.replace(own, runtime="ONNX Runtime", path=graph)]
 
 
-def _teacher_networks(teacher: Path, cache: Cache, folder: Path) -> list[_Network]:
+def _teacher_networks(
+    teacher: Path, cache: Cache, folder: Path, encoder: str | None
+) -> list[_Network]:
     size_px = cache.manifest.size_px
     if teacher.suffix == ".onnx":
         initializers = read_model(teacher).graph.initializer
         weights = sum(math.prod(weight.dims) for weight in initializers)
         return [_Network("teacher", "ONNX Runtime", "cpu", teacher, "", size_px, weights)]
     network = cache.manifest.fingerprint.get("teacher_network")
-    encoder = network_settings(network)["encoder"] if network else ""
-    encoder = encoder or ExtractConfig().teacher_encoder
+    of_cache = network_settings(network)["encoder"] if network else ""
+    encoder = encoder or of_cache or ExtractConfig().teacher_encoder
     module = load_checkpoint(teacher, encoder).eval()
     graph = folder / "teacher.onnx"
     write_onnx(module, _pixels(2, size_px), ["logits"], graph)

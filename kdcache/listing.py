@@ -41,18 +41,12 @@ def listed(folder: Path, option: str, but: Path | None = None) -> Listing:
     left_out: Counter[str] = Counter()
     for path, problem in _walk(folder, (), but):
         name = path.relative_to(folder).as_posix()
-        suffix = path.suffix.lower()
-        if problem:
-            refused[_printable(name)] = problem
-        elif suffix in OTHER_IMAGE_SUFFIXES:
-            refused[_printable(name)] = (
-                f"{suffix.removeprefix('.').upper()} is not supported: convert it to JPEG or PNG"
-            )
-        elif suffix not in IMAGE_SUFFIXES:
-            left_out[f"files of suffix {_printable(suffix) or '(none)'}, not an image's"] += 1
-        elif _printable(name) != name:
-            # it can neither be stored as a sample id nor printed
-            refused[_printable(name)] = "its name is not valid UTF-8; rename it"
+        why, is_other = (problem, False) if problem else unfit(path)
+        if is_other:
+            left_out[why] += 1
+        elif why or printable(name) != name:
+            # bytes that are no text can neither be stored as a sample id nor printed
+            refused[printable(name)] = why or "its name is not valid UTF-8; rename it"
         else:
             files.append(name)
     if not files:
@@ -62,6 +56,17 @@ def listed(folder: Path, option: str, but: Path | None = None) -> Listing:
             f"{option} {folder}: no image in it or below it (looked for {kinds}){others}"
         )
     return Listing(sorted(files), refused, left_out)
+
+
+def unfit(path: Path) -> tuple[str, bool]:
+    """Why a file is no photo, by its suffix, or nothing; and whether it was never meant as one."""
+    suffix = path.suffix.lower()
+    if suffix in OTHER_IMAGE_SUFFIXES:
+        kind = suffix.removeprefix(".").upper()
+        return f"{kind} is not supported: convert it to JPEG or PNG", False
+    if suffix not in IMAGE_SUFFIXES:
+        return f"files of suffix {printable(suffix) or '(none)'}, not an image's", True
+    return "", False
 
 
 def _walk(
@@ -99,6 +104,6 @@ def by_stem(names: Sequence[str]) -> dict[str, list[str]]:
     return stems
 
 
-def _printable(name: str) -> str:
+def printable(name: str) -> str:
     """The name, or with \\x escapes where its bytes are no UTF-8."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")

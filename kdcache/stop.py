@@ -43,3 +43,19 @@ class StopRequest:
             raise KeyboardInterrupt
         self.asked = True
         log.warning("stopping as soon as what is being computed is saved (again: at once)")
+
+
+@contextmanager
+def interrupted_by_sigterm() -> Iterator[None]:
+    """Inside the block SIGTERM raises KeyboardInterrupt, so that temporary files are taken away.
+
+    Python's default ends the process where it is. Blocks within that listen for themselves go first.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 
 import numpy as np
@@ -138,10 +137,7 @@ def test_a_teachers_checkpoint_is_measured_in_both_runtimes(cache, tmp_path):
     import segmentation_models_pytorch as smp
 
     torch.save(smp.Unet("resnet18", encoder_weights=None).state_dict(), tmp_path / "t.pth")
-    fingerprint = dict(cache.manifest.fingerprint) | {"teacher_network": "smp.Unet(resnet18)"}
-    other = Cache(cache.path)
-    other.manifest = dataclasses.replace(cache.manifest, fingerprint=fingerprint)
-    found = costs(other, None, tmp_path / "t.pth", "cpu")
+    found = costs(cache, None, tmp_path / "t.pth", "cpu", teacher_encoder="resnet18")
     assert [c.runtime for c in found] == ["PyTorch", "ONNX Runtime"]
     assert all(c.parameters > 14e6 and c.memory_bytes > 50e6 for c in found)
 
@@ -150,3 +146,11 @@ def test_an_exported_student_has_no_pytorch_to_measure(cache, tmp_path):
     (tmp_path / "s.onnx").write_bytes(b"")
     with pytest.raises(ModelError):
         costs(cache, tmp_path / "s.onnx", None, "cpu")
+
+
+def test_a_student_of_another_size_is_refused(cache, standins, tmp_path):
+    config = TrainConfig(encoder_weights="random", epochs=1, feature_weight=0.0)
+    trained = train(cache.path, tmp_path / "run", config, device="cpu").run
+    standins.extract(tmp_path / "larger", size=96, limit=2)
+    with pytest.raises(RunError, match="takes 64 px.*holds 96"):
+        costs(Cache(tmp_path / "larger"), trained, standins.teacher, "cpu")

@@ -207,7 +207,7 @@ def evaluate(
     from kdcache.deploy.trained import open_student
 
     opened = kdcache.open(cache)
-    networks = [open_student(student, device) for student in students]
+    networks = [open_student(student, device, features=True) for student in students]
     evaluations = [scoring.evaluate(network, opened, split, progress=True) for network in networks]
     if table_file is not None:
         scoring.save_images_csv(table_file, evaluations)
@@ -316,6 +316,7 @@ def export(
 @cache_argument
 @option("--run", type=path, help="Take a run's settings, and measure its student.")
 @option("--teacher", type=path, help="Measure a teacher beside it.")
+@option("--teacher-encoder", metavar="NAME", help="smp encoder of a checkpoint (the cache's).")
 @option("--batch-size", type=click.IntRange(1), help="Rows a step (the run's, else 4).")
 @option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Loader threads.")
 @option(

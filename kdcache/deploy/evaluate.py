@@ -13,18 +13,14 @@ from typing import Any
 import numpy as np
 
 from kdcache.cache.reader import Cache
-from kdcache.deploy.trained import TrainedStudent, open_student
+from kdcache.deploy.trained import TrainedStudent, check_cache_of, open_student
 from kdcache.drawing import U8, compared, lit, masked, sheet
 from kdcache.durable import write_atomic
 from kdcache.errors import RunError, device_memory
 from kdcache.imaging import IGNORE, PADDING, PERSON
 from kdcache.progress import Progress
 from kdcache.train.loader import read_batches
-from kdcache.train.run_folder import check_cache
 from kdcache.train.score import Scored, score_images, summary
-
-# What moves the cached numbers a little without changing what they mean.
-_HARMLESS_CHANGES = ("precision", "execution_provider")
 
 _COLUMNS = (
     "student",
@@ -75,8 +71,12 @@ def evaluate(
     The KL loss uses the run's final temperature. Raises KdcacheError when there is no student, when
     it was made for other pixels than the cache holds, or the cache has no rows of the split.
     """
-    one = student if isinstance(student, TrainedStudent) else open_student(student, device)
-    _check_cache(one, cache)
+    one = (
+        student
+        if isinstance(student, TrainedStudent)
+        else open_student(student, device, features=True)
+    )
+    check_cache_of(one, cache)
     rows = cache.rows_of(split)
     if not rows:
         splits = ", ".join(sorted({key.split for key in cache.keys})) or "none"
@@ -106,19 +106,6 @@ def evaluate(
         scores=summary(images),
         images=images,
     )
-
-
-def _check_cache(student: TrainedStudent, cache: Cache) -> None:
-    if student.record is not None:
-        check_cache(student.path, dict(student.record), cache.path, _HARMLESS_CHANGES)
-        return
-    fingerprint = cache.manifest.fingerprint
-    for name, key in (("size_px", "size"), ("resize", "resize")):
-        if str(student.metadata[name]) != fingerprint[key]:
-            raise RunError(
-                f"{student.path} was trained on pixels with {key} = {student.metadata[name]}, "
-                f"{cache.path} has {fingerprint[key]}; use a cache made as its own was"
-            )
 
 
 def save_images_csv(path: Path, evaluations: Sequence[Evaluation]) -> None:

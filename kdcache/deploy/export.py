@@ -19,20 +19,22 @@ from torch import Tensor, nn
 from kdcache.cache.reader import Cache
 from kdcache.deploy.graph import OPSET, check_only_weights_of, quantise, write_onnx
 from kdcache.deploy.trained import (
+    HARMLESS_CHANGES,
     NORMALISED,
     PHOTOS,
     TrainedStudent,
+    check_cache_of,
     open_onnx_student,
     open_student,
 )
 from kdcache.durable import replacing
-from kdcache.errors import CacheError, ModelError
+from kdcache.errors import CacheError, KdcacheError, ModelError
 from kdcache.imaging import IMAGENET_MEAN, IMAGENET_STD
 from kdcache.onnx_graph import read_model
 from kdcache.pixels import normalised
 from kdcache.train.loader import shuffled
 from kdcache.train.metrics import compare, mean
-from kdcache.train.run_folder import read_record
+from kdcache.train.run_folder import check_cache, read_record
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +78,7 @@ class ExportReport:
     rows: int  # of the cache that mIoU was measured on
     pytorch_miou: float | None
     miou: float | None
-    latency_ms: float  # one image, ONNX Runtime on this CPU
+    latency_ms: float  # of one image, or of the fixed batch, in ONNX Runtime on this CPU
     pytorch_latency_ms: float
 
 
@@ -118,15 +120,18 @@ def export(
     `preprocessing` `image` (N, S, S, 3) uint8 RGB gives `mask` (N, S, S) uint8 of 0 and 1, and
     `logits`. N is any number, or `fixed_batch`. `int8` takes ranges from training rows of the
     `cache`, whose val rows also measure what the file is worth. Raises KdcacheError, and leaves no
-    file, when a float32 mask differs from PyTorch's anywhere but at ties, |logit| <= 1e-3.
+    file, when a float32 mask differs from PyTorch's anywhere but at ties, |logit| <= 1e-3, or a
+    logit of any precision is not finite.
     """
-    if out.is_dir() or not out.name:
-        raise ModelError(f"--out {out} is a folder; name the file to write, such as student.onnx")
+    if out.is_dir() or out.suffix != ".onnx":
+        raise ModelError(f"--out {out}: name the file to write, such as student.onnx")
     one = open_student(student, "cpu")
     if one.unet is None:
         raise ModelError(f"{student} is exported already; give its run folder or .safetensors")
     if precision == "int8" and cache is None:
         raise CacheError("--int8 takes the ranges of activations from a cache: give --cache CACHE")
+    if cache is not None:
+        check_cache_of(one, cache)
     metadata = {
         **one.metadata,
         "mean": IMAGENET_MEAN,
@@ -147,11 +152,10 @@ def export(
         exported = open_onnx_student(temporary, "cpu")
         batches = (fixed_batch,) if fixed_batch else CHECKED_BATCHES
         agreement = {n: _agreement(one, exported, _photos(cache, n, size_px)) for n in batches}
-        if precision == "float32":
-            _check(agreement, out)
+        _check(agreement, out, exact=precision == "float32")
         scored = _scored_rows(cache, rows)
         log.info("comparing with PyTorch on %d rows", len(scored))
-        photo = _photos(cache, 1, size_px)
+        timed = _photos(cache, fixed_batch or 1, size_px)
         report = ExportReport(
             path=out,
             opset=OPSET,
@@ -165,20 +169,31 @@ def export(
             rows=len(scored),
             pytorch_miou=_miou(one, cache, scored),
             miou=_miou(exported, cache, scored),
-            latency_ms=_latency_ms(exported, photo),
-            pytorch_latency_ms=_latency_ms(one, photo),
+            latency_ms=_latency_ms(exported, timed),
+            pytorch_latency_ms=_latency_ms(one, timed),
         )
     return report
 
 
 def own_cache(student: Path, given: Path | None) -> Cache | None:
-    """The cache that was given, else the one that a run was trained from, if it is still there."""
+    """The cache that was given, else the one that a run was trained from, if that is still there.
+
+    What lies there now and is none, or another's, is not used, and said.
+    """
     if given is not None:
         return Cache(given)
     if not student.is_dir():
         return None
-    path = Path(read_record(student)["cache"])
-    return Cache(path) if path.exists() else None
+    record = read_record(student)
+    path = Path(record["cache"])
+    if not path.exists():
+        return None
+    try:
+        check_cache(student, record, path, HARMLESS_CHANGES)
+        return Cache(path)
+    except KdcacheError as error:
+        log.warning("the cache of %s is not used: %s", student, error)
+        return None
 
 
 def _write(
@@ -234,9 +249,14 @@ def _agreement(pytorch: TrainedStudent, exported: TrainedStudent, photos: Tensor
     )
 
 
-def _check(agreement: Mapping[int, Agreement], out: Path) -> None:
+def _check(agreement: Mapping[int, Agreement], out: Path, *, exact: bool) -> None:
     for batch, found in agreement.items():
-        if found.different_pixels or not np.isfinite(found.max_difference):
+        if not np.isfinite(found.max_difference):
+            raise ModelError(
+                f"at batch {batch} the exported student's logits are not finite: its weights or "
+                f"activations do not fit the precision; {out} was not written"
+            )
+        if exact and found.different_pixels:
             raise ModelError(
                 f"at batch {batch} the exported student's masks differ from PyTorch's on "
                 f"{found.different_pixels} of {found.pixels} pixels, where PyTorch's logit is up to "
@@ -264,11 +284,11 @@ def _miou(student: TrainedStudent, cache: Cache | None, rows: Sequence[int]) -> 
     return mean(found)
 
 
-def _latency_ms(student: TrainedStudent, photo: Tensor) -> float:
-    """Median of a few runs on one image, after one that is not counted."""
+def _latency_ms(student: TrainedStudent, photos: Tensor) -> float:
+    """Median of a few runs, after one that is not counted."""
     times = []
     for _ in range(_TIMED + 1):
         started = time.perf_counter()
-        student.logits(photo)
+        student.logits(photos)
         times.append(time.perf_counter() - started)
     return 1000 * median(times[1:])

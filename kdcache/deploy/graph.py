@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from onnx import ModelProto
+from onnx import ModelProto, load, save
 from torch import nn
 
 from kdcache.deploy.trained import METADATA_KEY
@@ -110,3 +110,14 @@ def quantise(source: Path, out: Path, inputs: Iterable[NDArray[Any]]) -> None:
             weight_type=QuantType.QInt8,
             calibrate_method=CalibrationMethod.MinMax,
         )
+    _drop_unused_opsets(out)
+
+
+def _drop_unused_opsets(path: Path) -> None:
+    """The quantiser names domains that no node of the graph is of; other runtimes stumble over them."""
+    model = load(path)
+    used = {node.domain for node in model.graph.node}
+    kept = [opset for opset in model.opset_import if opset.domain in used]
+    del model.opset_import[:]
+    model.opset_import.extend(kept)
+    save(model, path)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import io
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,7 +23,6 @@ from kdcache.durable import write_atomic
 from kdcache.errors import DatasetError, SampleError
 from kdcache.imaging import (
     F32,
-    IMAGE_SUFFIXES,
     U8,
     Placement,
     at_source,
@@ -32,11 +32,16 @@ from kdcache.imaging import (
     resize_image,
     turned_back,
 )
-from kdcache.listing import listed, read_file
+from kdcache.listing import listed, printable, read_file, unfit
 from kdcache.pixels import on_device
 from kdcache.progress import Progress
 from kdcache.stop import StopRequest
 from kdcache.train.loader import chunked
+
+_MASK, _OVERLAY, _PROBABILITY = ".png", "_overlay.jpg", "_probability.png"
+
+# What no other photo would fare better with.
+_FATAL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
 
 # A quality at which JPEG's own errors do not show beside a mask's edge.
 _OVERLAY_QUALITY = 90
@@ -90,7 +95,8 @@ def predict(
     reason. Raises DatasetError when there is none at all.
     """
     started = time.monotonic()
-    found = _photos(images, out, [".png"] + ["_overlay.jpg"] * overlay)
+    endings = [_MASK] + [_OVERLAY] * overlay + [_PROBABILITY] * probabilities
+    found = _photos(images, out, endings)
     one = student if isinstance(student, TrainedStudent) else open_student(student, device)
     size = batch_size or (8 if one.device.startswith("cuda") else 1)
     skipped, written = dict(found.refused), 0
@@ -99,24 +105,32 @@ def predict(
         StopRequest().listening() as stop,
         Progress("predict", len(found.photos), "images", shown=progress) as shown,
     ):
-        saving: deque[Future[None]] = deque()
+        saving: deque[tuple[str, Future[str]]] = deque()
+
+        def saved() -> None:
+            """The oldest that is being saved, or why it cannot be."""
+            nonlocal written
+            name, future = saving.popleft()
+            if why := future.result():
+                skipped[name] = why
+            else:
+                written += 1
+
         for done, group in _decoded_groups(found.photos, one, size, pool):
             photos = [(photo, decoded) for photo, decoded in group if isinstance(decoded, _Decoded)]
             skipped |= {p.name: str(why) for p, why in group if isinstance(why, SampleError)}
             if photos:
                 logits = _logits(one, [decoded.pixels for _, decoded in photos], size)
                 for (photo, decoded), map_SS in zip(photos, logits, strict=True):
-                    saving.append(
-                        pool.submit(_save, photo, decoded, map_SS, overlay, probabilities)
-                    )
-            written += len(photos)
+                    future = pool.submit(_save, photo, decoded, map_SS, overlay, probabilities)
+                    saving.append((photo.name, future))
             while len(saving) > 2 * max(size, workers):
-                saving.popleft().result()
+                saved()
             shown.reach(done)
             if stop.asked:
                 break
-        for future in saving:
-            future.result()
+        while saving:
+            saved()
     if stop.asked:
         raise KeyboardInterrupt
     seconds = time.monotonic() - started
@@ -168,21 +182,36 @@ def _logits(student: TrainedStudent, pixels: Sequence[U8], size: int) -> F32:
 
 def _save(
     photo: _Photo, decoded: _Decoded, logits_SS: F32, overlay: bool, probabilities: bool
+) -> str:
+    """Write a photo's files; returns why that cannot be done, where the fault is its own."""
+    try:
+        _write_files(photo, decoded, logits_SS, overlay, probabilities)
+    except (
+        OSError
+    ) as error:  # Pillow raises it too, without a number, for what a format cannot hold
+        if error.errno in _FATAL:
+            raise
+        return f"its mask cannot be written: {error}"
+    return ""
+
+
+def _write_files(
+    photo: _Photo, decoded: _Decoded, logits_SS: F32, overlay: bool, probabilities: bool
 ) -> None:
     logits = at_source(logits_SS, decoded.placement)
     person = logits > 0
     photo.to.parent.mkdir(parents=True, exist_ok=True)
     mask = np.where(person, np.uint8(255), np.uint8(0))
-    _write_png(_named(photo.to, ".png"), mask, decoded.orientation)
+    _write_png(_named(photo.to, _MASK), mask, decoded.orientation)
     if probabilities:
         # half of tanh: a logistic function that cannot overflow
         levels = np.rint((0.5 + 0.5 * np.tanh(0.5 * logits)) * 65535).astype(np.uint16)
-        _write_png(_named(photo.to, "_probability.png"), levels, decoded.orientation)
+        _write_png(_named(photo.to, _PROBABILITY), levels, decoded.orientation)
     if overlay:
         buffer = io.BytesIO()
         picture = Image.fromarray(lit(decoded.image, person))
         picture.save(buffer, "JPEG", quality=_OVERLAY_QUALITY)
-        write_atomic(_named(photo.to, "_overlay.jpg"), buffer.getvalue())
+        write_atomic(_named(photo.to, _OVERLAY), buffer.getvalue())
 
 
 def _write_png(path: Path, upright_HW: np.ndarray, orientation: int) -> None:
@@ -206,50 +235,80 @@ class _Found(NamedTuple):
 
 
 def _photos(images: Sequence[str], out: Path, endings: Sequence[str]) -> _Found:
-    """Every photo that was named, with where its mask goes; two of one place are refused."""
-    found: list[_Photo] = []
+    """Every photo that was named, once, with where its files go.
+
+    Refused by name: photos two of which would write one file, and those whose files would overwrite
+    a photo.
+    """
+    found: dict[tuple[Path, Path], _Photo] = {}
     refused: dict[str, str] = {}
     left_out: Counter[str] = Counter()
     for given in images:
         path = Path(given)
         if path.is_dir():
+            if out.is_dir() and path.samefile(out):
+                raise DatasetError(
+                    f"--out {out} is the folder of the photos: the masks would be photos the next time; "
+                    "choose another"
+                )
             listing = listed(path, "IMAGES", but=out if out.is_dir() else None)
-            refused |= listing.refused
+            named = [(path / name, (out / name).with_suffix("")) for name in listing.files]
+            refused |= {_shown(path / name): why for name, why in listing.refused.items()}
             left_out += listing.left_out
-            for name in listing.files:
-                shown = name if len(images) == 1 else str(path / name)
-                found.append(_Photo(shown, path / name, (out / name).with_suffix("")))
+        elif path.exists():
+            named = [(path, out / path.stem)]
         else:
-            found += [
-                _Photo(str(p), p, out / p.stem)
-                for p in ([path] if path.exists() else _matches(given))
-            ]
-    places = Counter(photo.to for photo in found)
-    for photo in found:
-        if places[photo.to] > 1:
-            others = [p.name for p in found if p.to == photo.to and p is not photo]
-            refused[photo.name] = (
-                f"its mask and that of {', '.join(others)} would both be {photo.to}.png: give them "
-                "apart, with another --out"
-            )
-        elif any(_is_same(_named(photo.to, ending), photo.path) for ending in endings):
-            refused[photo.name] = "its mask would overwrite it: choose another --out"
-    photos = [photo for photo in found if photo.name not in refused]
+            files, others = _matches(given)
+            named = [(file, out / file.stem) for file in files]
+            for file, (why, is_other) in others.items():
+                left_out.update([why] if is_other else [])
+                refused |= {} if is_other else {_shown(file): why}
+        for source, to in named:
+            found.setdefault((source.resolve(), to), _Photo(_shown(source), source, to))
+    refused |= _clashes(list(found.values()), endings)
+    photos = [photo for photo in found.values() if photo.name not in refused]
     if not photos:
         why = "".join(f"; {name}: {reason}" for name, reason in list(refused.items())[:3])
         raise DatasetError(f"no photo to predict in {', '.join(images)}{why}")
     return _Found(photos, refused, {why: n for why, n in left_out.items() if n})
 
 
-def _matches(pattern: str) -> list[Path]:
-    """Files of a glob pattern; raises DatasetError when it is none, or matches nothing."""
+def _clashes(photos: Sequence[_Photo], endings: Sequence[str]) -> dict[str, str]:
+    """Photos that cannot all have their files, with the reason."""
+    writers: dict[Path, list[_Photo]] = defaultdict(list)
+    for photo in photos:
+        for ending in endings:
+            writers[_named(photo.to, ending)].append(photo)
+    sources = {photo.path.resolve(): photo for photo in photos}
+    refused = {}
+    for output, its in writers.items():
+        overwritten = sources.get(output.resolve())
+        if len(its) > 1:
+            for photo in its:
+                others = ", ".join(other.name for other in its if other is not photo)
+                refused[photo.name] = (
+                    f"its file and that of {others} would both be {output}: give them apart, with another "
+                    "--out"
+                )
+        elif overwritten is not None:
+            whose = "it" if overwritten is its[0] else f"the photo {overwritten.name}"
+            refused[its[0].name] = (
+                f"its {output.name} would overwrite {whose}: choose another --out"
+            )
+    return refused
+
+
+def _matches(pattern: str) -> tuple[list[Path], dict[Path, tuple[str, bool]]]:
+    """Photos of a glob pattern, and its other files; raises DatasetError when it matches nothing."""
     paths = [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]
-    files = [path for path in paths if path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES]
+    files = [path for path in paths if not path.is_dir()]
     if not files:
-        kinds = " ".join(sorted(IMAGE_SUFFIXES))
-        raise DatasetError(f"{pattern}: no such photo or folder, and no pattern of any ({kinds})")
-    return files
+        raise DatasetError(f"{pattern}: no such photo or folder, and no pattern of any")
+    fit = {path: unfit(path) for path in files}
+    return [path for path, (why, _) in fit.items() if not why], {
+        path: found for path, found in fit.items() if found[0]
+    }
 
 
-def _is_same(path: Path, other: Path) -> bool:
-    return path.exists() and path.samefile(other)
+def _shown(path: Path) -> str:
+    return printable(str(path))

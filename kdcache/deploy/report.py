@@ -127,19 +127,18 @@ def export_text(report: ExportReport) -> str:
         for batch_size, found in report.agreement.items()
     ]
     lines += [table(rows), ""]
-    measured: list[Sequence[str]] = [("one image, this CPU", "PyTorch", "this file")]
+    measured: list[Sequence[str]] = [("on this CPU", "PyTorch", "this file")]
     if report.miou is not None and report.pytorch_miou is not None:
         lost = round(report.pytorch_miou - report.miou, 4) + 0.0  # no minus before a zero
         measured.append(
             (f"mIoU on {report.rows} rows", f"{report.pytorch_miou:.4f}", f"{report.miou:.4f}")
         )
         measured.append(("  lost by the export", "", f"{lost:+.4f}"))
-    measured.append(
-        ("latency", f"{report.pytorch_latency_ms:.1f} ms", f"{report.latency_ms:.1f} ms")
-    )
+    latencies = (report.pytorch_latency_ms, report.latency_ms)
+    measured.append((f"latency of {report.batch or 1}", *(f"{ms:.1f} ms" for ms in latencies)))
     lines.append(table(measured))
     if report.miou is None:
         lines.append(
-            "mIoU was not measured: the run's cache is not where it was; give --cache CACHE"
+            "mIoU was not measured: there is no cache of this student's; give --cache CACHE"
         )
     return "\n".join(lines)

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdcache.cache.reader import Cache
 from kdcache.config import TrainConfig
 from kdcache.errors import ModelError, RunError, device_memory
 from kdcache.imaging import IMAGENET_MEAN, IMAGENET_STD, INTERPOLATION
 from kdcache.pixels import normalised, restored
 from kdcache.train.run_folder import (
+    check_cache,
     read_best_projection,
     read_best_student,
     read_config,
@@ -27,6 +29,9 @@ from kdcache.train.student import Projection, StudentOutput, resolve_device
 
 # What an exported file says of itself, as JSON, under this name.
 METADATA_KEY = "kdcache"
+
+# What moves the cached numbers a little without changing what they mean.
+HARMLESS_CHANGES = ("precision", "execution_provider")
 
 # How the pixels are given to an exported student.
 NORMALISED, PHOTOS = "float32 NCHW, ImageNet-normalised", "uint8 NHWC RGB"
@@ -58,23 +63,28 @@ class TrainedStudent:
             return self.run(normalised(photos_NHWC)).logits.float()
 
 
-def open_student(path: Path, device: str = "auto") -> TrainedStudent:
+def open_student(path: Path, device: str = "auto", *, features: bool = False) -> TrainedStudent:
     """The best student of a run folder, or the one in a `.safetensors` or `.onnx` file.
 
-    Raises RunError or ModelError for anything else, and for a student whose pixels were prepared
-    otherwise than this version prepares them.
+    With `features` a run's projection comes too. Raises RunError or ModelError for anything else,
+    and for a student whose pixels were prepared otherwise than this version prepares them.
     """
-    if path.suffix == ".onnx" and not path.is_dir():
-        return open_onnx_student(path, resolve_device(device))
     on = resolve_device(device)
-    if path.suffix == ".safetensors" and not path.is_dir():
+    if path.is_file() and path.suffix.lower() == ".onnx":
+        return open_onnx_student(path, on)
+    projection: Projection | None = None
+    if path.is_file():
+        if path.suffix.lower() != ".safetensors":
+            raise ModelError(
+                f"{path}: expected a run folder, a .safetensors or an .onnx of a student"
+            )
         student, metadata = saved_student(path)
-        config, record, projection = _told_config(metadata), None, None
+        config, record = _told_config(metadata), None
     else:
         config, record = read_config(path), read_record(path)
         student, metadata = read_best_student(path, with_tap=True)
-        projection = read_best_projection(path, student)
         _check_of_one_cache(path, metadata, record)
+        projection = read_best_projection(path, student) if features else None
     check_preprocessing(path, metadata)
     with device_memory("loading the student", "use --device cpu"):
         network = Trainee(student, projection).eval().to(on)
@@ -89,6 +99,20 @@ def open_student(path: Path, device: str = "auto") -> TrainedStudent:
         run=network,
         takes_photos=None,
     )
+
+
+def check_cache_of(student: TrainedStudent, cache: Cache) -> None:
+    """Raise RunError when a cache holds other pixels, or for a run other targets, than its own."""
+    if student.record is not None:
+        check_cache(student.path, dict(student.record), cache.path, HARMLESS_CHANGES)
+        return
+    fingerprint = cache.manifest.fingerprint
+    for name, key in (("size_px", "size"), ("resize", "resize")):
+        if str(student.metadata[name]) != fingerprint[key]:
+            raise RunError(
+                f"{student.path} was trained on pixels with {key} = {student.metadata[name]}, "
+                f"{cache.path} has {fingerprint[key]}; use a cache made as its own was"
+            )
 
 
 def open_onnx_student(path: Path, device: str) -> TrainedStudent:

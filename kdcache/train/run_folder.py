@@ -325,7 +325,13 @@ def read_best_projection(run: Path, student: Student) -> Projection | None:
         return None
     hidden, target_channels = weights["0.weight"].shape[0], weights["3.weight"].shape[0]
     projection = Projection(student.tap_channels, hidden, target_channels)
-    projection.load_state_dict(weights)
+    try:
+        projection.load_state_dict(weights)
+    except RuntimeError as error:
+        raise RunError(
+            f"{run}: the projection in checkpoints/best.pt is for another student than the one beside it; "
+            "one of its files is another run's: put its own back"
+        ) from error
     return projection.eval()
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import onnx
@@ -18,7 +20,7 @@ from kdcache.deploy.export import export
 from kdcache.deploy.graph import check_only_weights_of
 from kdcache.deploy.report import export_text
 from kdcache.deploy.trained import PHOTOS, open_student
-from kdcache.errors import CacheError, ModelError
+from kdcache.errors import CacheError, ModelError, RunError
 from kdcache.imaging import IMAGENET_MEAN, IMAGENET_STD
 from kdcache.pixels import normalised
 from kdcache.train.run_folder import read_best_student, read_checkpoint
@@ -117,6 +119,8 @@ def test_int8_with_preprocessing_takes_photos_and_tells_its_loss(run, cache, dep
     assert f"{lost:+.4f}" in export_text(deployable)
     kinds = {i.data_type for i in onnx.load(deployable.path).graph.initializer if len(i.dims) == 4}
     assert kinds == {onnx.TensorProto.INT8}
+    model = onnx.load(deployable.path)
+    assert {o.domain for o in model.opset_import} == {node.domain for node in model.graph.node}
 
 
 def test_fp16_fixed_batch_and_preprocessing_together(run, cache, tmp_path):
@@ -161,8 +165,9 @@ def test_an_export_that_differs_leaves_no_file(run, tmp_path, monkeypatch):
 
 
 def test_what_cannot_be_exported_is_refused_before_anything_is_written(run, exported, tmp_path):
-    with pytest.raises(ModelError, match="is a folder"):
-        export(run, tmp_path)
+    for out in (tmp_path, tmp_path / "student"):
+        with pytest.raises(ModelError, match="name the file to write"):
+            export(run, out)
     with pytest.raises(ModelError, match="exported already"):
         export(exported.path, tmp_path / "s.onnx")
     with pytest.raises(CacheError, match="give --cache"):
@@ -183,3 +188,55 @@ def test_the_runs_own_cache_is_found_and_its_absence_is_no_error(run, cache, tmp
     (moved / "run.json").write_text(json.dumps(record))
     assert export_module.own_cache(moved, None) is None
     assert export_module.own_cache(moved, cache.path).path == cache.path
+
+
+@pytest.mark.parametrize("precision", ["float16", "int8"])
+def test_logits_that_are_not_finite_are_refused_at_every_precision(
+    run, cache, tmp_path, monkeypatch, precision
+):
+    found = export_module.Agreement(
+        images=1,
+        max_difference=float("nan"),
+        different_pixels=3,
+        pixels=9,
+        largest_at_difference=0.2,
+    )
+    monkeypatch.setattr(export_module, "_agreement", lambda *_: found)
+    monkeypatch.setattr(export_module, "_write", lambda unet, size, path, *_: path.write_bytes(b""))
+    monkeypatch.setattr(export_module, "quantise", lambda *_: None)
+    monkeypatch.setattr(export_module, "open_onnx_student", lambda *_: None)
+    with pytest.raises(ModelError, match="not finite"):
+        export(run, tmp_path / "s.onnx", cache, precision=precision)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cache_of_other_pixels_is_refused_or_left_alone(run, standins, tmp_path, caplog):
+    """The one that is given, and what lies today where the run's own was."""
+    standins.extract(tmp_path / "boxed", resize="letterbox", limit=3)
+    boxed = export_module.own_cache(run, tmp_path / "boxed")
+    with pytest.raises(RunError, match="resize = stretch.*letterbox"):
+        export(run, tmp_path / "s.onnx", boxed)
+    moved = tmp_path / "run"
+    shutil.copytree(run, moved)
+    record = json.loads((moved / "run.json").read_text())
+    record["cache"] = str(tmp_path / "boxed")
+    (moved / "run.json").write_text(json.dumps(record))
+    assert export_module.own_cache(moved, None) is None
+    assert "is not used: " in caplog.text
+
+
+def test_a_terminated_export_leaves_nothing(run, cache, tmp_path):
+    code = (
+        "import os, signal, sys\n"
+        "from kdcache.deploy import export\n"
+        "export._write = lambda *a: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "from kdcache.cli import main\n"
+        "main(sys.argv[1:])"
+    )
+    words = [sys.executable, "-c", code, "export", run, "--out", tmp_path / "s.onnx"]
+    ended = subprocess.run(
+        [str(word) for word in words], capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[-1] == "stopped"
+    assert list(tmp_path.iterdir()) == []

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,6 +27,7 @@ from kdcache.precompute.dataset import folder_dataset
 from kdcache.precompute.extract import extract
 from kdcache.train.run_folder import read_best_student
 from kdcache.train.student import StudentOutput
+from kdcache.train.weights import read_student, save_student
 
 SIZE = 64
 
@@ -151,8 +154,9 @@ def test_a_folder_keeps_its_tree_and_odd_files_are_skipped_by_name(tmp_path):
         made = sorted(path.relative_to(out).as_posix() for path in out.rglob("*.png"))
         assert made == ["a/b/x.png", "a/x.png", "ümlaut 1.png"]
         assert report.images == 3
-        assert set(report.skipped) == {"twin.jpg", "twin.png", "broken.jpg", "phone.heic"}
-        assert "twin.png would both be" in report.skipped["twin.jpg"]
+        skipped = {Path(name).name: why for name, why in report.skipped.items()}
+        assert set(skipped) == {"twin.jpg", "twin.png", "broken.jpg", "phone.heic"}
+        assert "twin.png would both be" in skipped["twin.jpg"]
         assert report.left_out == {"files of suffix .txt, not an image's": 1}
 
 
@@ -167,6 +171,12 @@ def test_globs_and_files_are_taken_together_and_nothing_is_overwritten(tmp_path)
     with pytest.raises(DatasetError, match="would overwrite it"):
         predict(red_is_person(), [str(tmp_path / "1.png")], tmp_path)
     assert (tmp_path / "1.png").read_bytes() == before
+    (tmp_path / "3.heic").write_bytes(b"heic")
+    (tmp_path / "notes.txt").write_text("no photo")
+    again = predict(red_is_person(), [str(tmp_path / "[123n]*")], tmp_path / "p")
+    assert again.images == 3
+    assert [Path(name).name for name in again.skipped] == ["3.heic"]
+    assert again.left_out == {"files of suffix .txt, not an image's": 1}
     with pytest.raises(DatasetError, match="no such photo"):
         predict(red_is_person(), [str(tmp_path / "7*.png")], tmp_path / "o")
 
@@ -258,3 +268,107 @@ def test_a_stop_leaves_whole_masks_only(tmp_path, monkeypatch):
         assert path.suffix == ".png"
         with Image.open(path) as mask:
             mask.load()
+
+
+@pytest.mark.parametrize(
+    ("options", "names", "refused"),
+    [
+        ({"overlay": True}, ("a.jpg", "a_overlay.jpg"), {"a.jpg": "overwrite the photo"}),
+        (
+            {"probabilities": True},
+            ("a.png", "a_probability.png"),
+            {"a.png": "would overwrite it", "a_probability.png": "would overwrite it"},
+        ),
+        ({}, ("b.png", "a.jpg", "a.tif"), {"a.jpg": "both be", "a.tif": "both be", "b.png": "it"}),
+    ],
+)
+def test_no_output_overwrites_a_photo_or_another_output(tmp_path, options, names, refused):
+    for name in names:
+        photo(tmp_path / name, 20, 30, (0, 0, 10, 10))
+    before = {name: (tmp_path / name).read_bytes() for name in names}
+    given = [str(tmp_path / name) for name in names]
+    if len(refused) < len(names):
+        report = predict(red_is_person(), given, tmp_path, **options)
+        told = {Path(name).name: why for name, why in report.skipped.items()}
+        assert set(told) == set(refused)
+        assert all(why in told[name] for name, why in refused.items())
+    else:
+        with pytest.raises(DatasetError, match="no photo to predict"):
+            predict(red_is_person(), given, tmp_path, **options)
+    assert {name: (tmp_path / name).read_bytes() for name in names} == before
+
+
+def test_outputs_of_two_photos_that_would_be_one_file_are_refused(tmp_path):
+    for name in ("a.png", "a_probability.png"):
+        photo(tmp_path / name, 20, 30, (0, 0, 10, 10))
+    given = [str(tmp_path / "*.png")]
+    with pytest.raises(DatasetError, match="would both be"):
+        predict(red_is_person(), given, tmp_path / "o", probabilities=True)
+    assert predict(red_is_person(), given, tmp_path / "o").images == 2
+
+
+def test_the_folder_of_the_photos_is_no_place_for_masks(tmp_path):
+    photo(tmp_path / "a.jpg", 20, 30, (0, 0, 10, 10))
+    with pytest.raises(DatasetError, match="is the folder of the photos"):
+        predict(red_is_person(), [str(tmp_path)], tmp_path)
+
+
+def test_a_photo_named_twice_is_predicted_once(tmp_path):
+    photo(tmp_path / "a.jpg", 20, 30, (0, 0, 10, 10))
+    given = [str(tmp_path / "a.jpg"), str(tmp_path / "*.jpg"), str(tmp_path)]
+    report = predict(red_is_person(), given, tmp_path / "o")
+    assert (report.images, report.skipped) == (1, {})
+
+
+def test_a_mask_that_cannot_be_written_is_skipped_by_name(tmp_path):
+    (tmp_path / "in").mkdir()
+    photo(tmp_path / "in" / "a.jpg", 20, 30, (0, 0, 10, 10))
+    photo(tmp_path / "in" / ("x" * 250 + ".jpg"), 20, 30, (0, 0, 10, 10))
+    Image.new("RGB", (70000, 1)).save(tmp_path / "in" / "wide.png")
+    report = predict(red_is_person(), [str(tmp_path / "in")], tmp_path / "o", overlay=True)
+    assert report.images == 1
+    assert sorted(Path(name).name[:4] for name in report.skipped) == ["wide", "xxxx"]
+    assert all("cannot be written" in why for why in report.skipped.values())
+    assert not list((tmp_path / "o").glob("*.kdtmp"))
+
+
+def test_a_full_disk_stops_everything(tmp_path, monkeypatch):
+    photo(tmp_path / "a.jpg", 20, 30, (0, 0, 10, 10))
+
+    def full(path, data):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(predict_module, "write_atomic", full)
+    with pytest.raises(OSError, match="No space left"):
+        predict(red_is_person(), [str(tmp_path / "a.jpg")], tmp_path / "o")
+
+
+def test_only_the_weights_are_needed_to_predict(run, tmp_path):
+    """Not the checkpoint, which holds the projection."""
+    shutil.copytree(run, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    assert open_student(tmp_path / "run", "cpu").projection is None
+    with pytest.raises(RunError, match=r"best.pt"):
+        open_student(tmp_path / "run", "cpu", features=True)
+
+
+def test_another_runs_student_or_settings_are_refused(run, cache, tmp_path):
+    for name in ("students", "settings"):
+        shutil.copytree(run, tmp_path / name)
+    config = (run / "config.toml").read_text().replace('"encoder"', '"decoder"', 1)
+    (tmp_path / "settings/config.toml").write_text(config)
+    with pytest.raises(RunError, match="another run's"):
+        open_student(tmp_path / "settings", "cpu", features=True)
+    tensors, metadata = read_student(run / "student_best.safetensors")
+    other = read_best_student(run)[0].unet
+    metadata = {**metadata, "size_px": 96}
+    save_student(tmp_path / "students/student_best.safetensors", other, metadata)
+    with pytest.raises(RunError, match="size = 96.*has 64"):
+        open_student(tmp_path / "students", "cpu", features=True)
+    assert tensors
+
+
+def test_what_is_no_student_is_told_as_what_it_is(tmp_path):
+    photo(tmp_path / "a.jpg", 20, 30, (0, 0, 10, 10))
+    with pytest.raises(ModelError, match=r"expected a run folder, a .safetensors or an .onnx"):
+        open_student(tmp_path / "a.jpg", "cpu")
