@@ -149,6 +149,10 @@ def sweep(
     parsed = parse_axes(axes, table)
     set_by_name = {assignment.partition("=")[0].strip() for assignment in assignments}
     given = {name for name, value in flags.items() if value is not None} | set_by_name
+    if not parsed and (given or config or random):
+        raise click.UsageError(
+            "settings go with --grid; without it the sweep in --out goes on with its own"
+        )
     if twice := sorted(given & parsed.keys()):
         raise click.UsageError(f"{twice[0]} is swept by --grid and set besides; give it once")
     report = run_sweep(

@@ -73,6 +73,10 @@ def open_student(path: Path, device: str = "auto", *, features: bool = False) ->
     if path.is_file() and path.suffix.lower() == ".onnx":
         return open_onnx_student(path, on)
     projection: Projection | None = None
+    if not path.exists():
+        raise RunError(f"{path}: no such run folder or student file")
+    if (path / "sweep.json").exists():
+        raise RunError(f"{path} is a sweep: its runs are in {path / 'runs'}")
     if path.is_file():
         if path.suffix.lower() != ".safetensors":
             raise ModelError(

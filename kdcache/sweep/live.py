@@ -72,12 +72,15 @@ class Live:
     def _text(self, runs: Sequence[SweepRun], training: Collection[str]) -> str:
         now = [run for run in runs if run.name in training]
         best = [run for run in sorted(runs, key=ranking) if run.state == "done"][:_BEST_SHOWN]
-        rows = [("", "epoch", "val mIoU", "loss")]
-        rows += [(f"training {run.name}", *_cells(run)) for run in now]
-        rows += [(f"{place}. {run.name}", *_cells(run)) for place, run in enumerate(best, 1)]
-        columns = max(shutil.get_terminal_size().columns - 1, _LEAST_COLUMNS)
-        lines = [self._summary(runs), *table(rows).splitlines()]
-        return "\n".join(line[:columns] for line in lines)
+        # names last: they are what may be cut
+        rows = [("", "epoch", "val mIoU", "loss", "run")]
+        rows += [("training", *_cells(run), run.name) for run in now]
+        rows += [(f"{place}.", *_cells(run), run.name) for place, run in enumerate(best, 1)]
+        terminal = shutil.get_terminal_size()
+        columns = max(terminal.columns - 1, _LEAST_COLUMNS)
+        lines = [self._summary(runs), *_named(rows)]
+        # a table higher than the terminal could not be taken back
+        return "\n".join(line[:columns] for line in lines[: max(terminal.lines - 2, 1)])
 
     def _summary(self, runs: Sequence[SweepRun]) -> str:
         states = Counter(run.state for run in runs)
@@ -89,6 +92,13 @@ class Live:
         parts += [f"{states['failed']} failed"] * bool(states["failed"])
         parts += [f"epoch {done} of {total}", f"{60 * pace:.1f} epochs/min", f"ETA {eta}"]
         return "sweep: " + ", ".join(parts)
+
+
+def _named(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns, and the names flush left behind them."""
+    lines = table([row[:-1] for row in rows]).splitlines()
+    width = max(map(len, lines))
+    return [f"{line.ljust(width)}  {row[-1]}" for line, row in zip(lines, rows, strict=True)]
 
 
 def _epochs(runs: Sequence[SweepRun]) -> int:

@@ -43,7 +43,10 @@ def sweep_text(report: SweepReport) -> str:
     for run in report.failed:
         lines.append(f"failed: {printable(run.name)}: {run.error}")
     if report.failed:
-        lines.append("the same command tries failed runs again")
+        lines.append(
+            "the same command tries failed runs again; one whose folder is damaged begins anew when that "
+            "is deleted"
+        )
     lines.append(f"page: {report.page}; table: {report.csv}; runs: {report.out / 'runs'}")
     return "\n".join(lines)
 

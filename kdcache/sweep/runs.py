@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kdcache.config import TrainConfig
+from kdcache.errors import RunError
 from kdcache.train.run_folder import best_epoch, read_metrics
+from kdcache.train.weights import is_whole_student
 
 # What the clock decides, and what the settings say.
 _NOT_MEASURED = ("epoch", "lr", "temperature", "images_per_s", "step_ms", "data_wait_ms", "epoch_s")
@@ -36,11 +38,20 @@ def read_run(
     path: Path, config: TrainConfig, axes: Sequence[str], error: str | None = None
 ) -> SweepRun:
     """What a run's folder says of it; `error` is what ended it when it was trained last."""
-    history = read_metrics(path)
+    history: Sequence[Mapping[str, Any]] = []
+    try:
+        history = read_metrics(path)
+    except RunError as damaged:  # a resume writes it anew
+        error = error or str(damaged)
     best = best_epoch(history) if history else None
+    student = path / "student_best.safetensors"
     state: Literal["done", "failed", "stopped", "waiting"] = "waiting"
-    if len(history) >= config.epochs and (path / "student_best.safetensors").exists():
+    if len(history) >= config.epochs and is_whole_student(student):
         state = "done"
+    elif len(history) >= config.epochs:
+        error = error or f"its {student.name} is missing or damaged"
+        error += f"; delete {path} to have it trained again"
+        state = "failed"
     elif error is not None:
         state = "failed"
     elif (path / "run.json").exists():

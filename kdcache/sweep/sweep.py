@@ -9,12 +9,13 @@ DIR/sweep.csv DIR/sweep.html   the table and the page, renewed whenever a run en
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import json
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,8 @@ def sweep(
             StopRequest().listening() as stop,
             Live(list(runs.values()), shown=progress) as live,
         ):
-            _train_all(plan, runs, todo, _Crew(devices, together), stop, live)
+            crew = _Crew(devices, together, -(-len(todo) // together))
+            _train_all(plan, runs, todo, crew, stop, live)
         _write(plan, runs, page=True)
     if stop.asked:
         raise KeyboardInterrupt
@@ -175,7 +177,7 @@ def _open(
     asked: Sequence[tuple[dict[str, Any], TrainConfig]],
 ) -> _Sweep:
     """The sweep of a folder with what is asked for added, or a new one."""
-    runs = {run_name(values): values for values, _ in asked}
+    runs = {run_name(of_axes): of_axes for of_axes, _ in asked}
     own = {key: value for key, value in base.model_dump().items() if key not in axes}
     found = _read(out)
     if found is None:
@@ -201,20 +203,36 @@ def _open(
                 "leave that setting out, or choose another --out"
             )
     # what was fixed before and is swept now, or the other way round, each run has for itself
-    for name, values in found.values.items():
-        runs.setdefault(name, values)
-    found.axes = _listed(axes, runs.values(), found.axes)
-    fixed = {key: value for key, value in {**found.base, **own}.items() if key not in found.axes}
-    for name, values in runs.items():
+    values = dict(found.values)
+    names = {_identity(found.config(name)): name for name in values}
+    for of_axes, config in asked:
+        if _identity(config) not in names:
+            values[_unused(run_name(of_axes), values, config)] = of_axes
+    found.axes = _listed(
+        axes, [of_axes for of_axes, _ in asked] + list(values.values()), found.axes
+    )
+    for name, of_axes in values.items():
         before = found.base if name in found.values else own
-        runs[name] = {key: values.get(key, before.get(key)) for key in found.axes}
-    # names stay: a run is found again under the values it was named by
-    found.base, found.values = fixed, runs
+        values[name] = {key: of_axes.get(key, before.get(key)) for key in found.axes}
+    found.base = {k: v for k, v in {**found.base, **own}.items() if k not in found.axes}
+    found.values = values
     return found
 
 
+def _identity(config: TrainConfig) -> str:
+    """The same for the same settings, whichever of them were axes."""
+    return config.model_dump_json()
+
+
+def _unused(name: str, taken: Collection[str], config: TrainConfig) -> str:
+    """The name, or with what tells it from a run of other settings that has it."""
+    if name not in taken:
+        return name
+    return f"{name}-{hashlib.sha256(_identity(config).encode()).hexdigest()[:8]}"
+
+
 def _listed(
-    axes: Axes, runs: Any, before: Mapping[str, Sequence[Any]] | None = None
+    axes: Axes, runs: Iterable[Mapping[str, Any]], before: Mapping[str, Sequence[Any]] | None = None
 ) -> dict[str, list[Any]]:
     """The axes with all values that runs have, in order: those asked for first."""
     listed: dict[str, list[Any]] = {}
@@ -248,27 +266,30 @@ def _check(cache: Cache, configs: Sequence[TrainConfig]) -> None:
 class _Crew:
     """The processes, and how many runs each takes at once."""
 
-    def __init__(self, devices: Sequence[str], together: int) -> None:
+    def __init__(self, devices: Sequence[str], together: int, tasks: int) -> None:
+        self._devices = devices[: max(1, min(len(devices), tasks))]
         self.together = together
-        self._devices = devices
         on_cpu = devices[0] == "cpu"
-        self._threads = max(1, torch.get_num_threads() // len(devices)) if on_cpu else None
-        self._workers: list[Worker | None] = [None] * len(devices)
+        self._threads = max(1, torch.get_num_threads() // len(self._devices)) if on_cpu else None
+        self._workers: list[Worker | None] = [None] * len(self._devices)
 
     @property
     def busy(self) -> list[Worker]:
         return [worker for worker in self._workers if worker is not None and worker.task]
 
-    def idle(self) -> Iterator[Worker]:
-        """Each process without a task, started when it is needed."""
+    @property
+    def has_room(self) -> bool:
+        return len(self.busy) < len(self._workers)
+
+    def give(self, task: Task) -> None:
+        """To a process without a task, started when it is needed."""
         for number, worker in enumerate(self._workers):
             if worker is not None and worker.task:
                 continue
-            if worker is not None and worker.alive:
-                yield worker
-                continue
-            self._workers[number] = new = Worker(self._devices[number], self._threads)
-            yield new
+            if worker is None or not worker.alive:
+                self._workers[number] = worker = Worker(self._devices[number], self._threads)  # noqa: PLW2901
+            worker.give(task)
+            return
 
     def stop(self) -> None:
         for worker in self._workers:
@@ -293,24 +314,29 @@ def _train_all(
 ) -> None:
     """Give out the runs until all have ended, and keep `runs` up to date."""
     waiting = _grouped(plan, todo, crew.together)
-    drawn, stopping = time.monotonic(), False
+    drawn, stopping, told = time.monotonic(), False, False
     try:
         while waiting or crew.busy:
             if stop.asked and not stopping:
                 stopping = True
                 waiting.clear()
                 crew.stop()
-            if waiting:
-                for worker in crew.idle():
-                    if names := _next_free(plan, waiting):
-                        worker.give(_task(plan, names))
+            while crew.has_room and (names := _next_free(plan, waiting)):
+                crew.give(_task(plan, names))
+            if waiting and not crew.busy and not told:
+                told = True
+                log.warning(
+                    "%s: another process is training there; waiting for it",
+                    plan.path(waiting[0][0]),
+                )
             for worker in ready(crew.busy, _POLL_S):
                 ended = worker.result()
                 for path, error in ended.items():
                     if error and not stopping:
                         plan.errors[path.name] = error
-                        log.warning("%s failed: %s", path.name, error)
-                    runs[path.name] = plan.run(path.name)
+                    runs[path.name] = run = plan.run(path.name)
+                    if run.state == "failed":
+                        log.warning("%s failed: %s", run.name, run.error)
                 plan.save()
                 late = time.monotonic() - drawn > _PAGE_EVERY_S
                 _write(plan, runs, page=late)

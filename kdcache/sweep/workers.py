@@ -40,7 +40,8 @@ class Worker:
         self._process: SpawnProcess = _CONTEXT.Process(
             target=_work, args=(theirs, device, threads), daemon=True
         )
-        self._process.start()
+        with _interrupts_ignored():  # as the new process does, until it is in a session of its own
+            self._process.start()
         theirs.close()
 
     def give(self, task: Task) -> None:
@@ -78,6 +79,18 @@ class Worker:
             self._pipe.send(None)
         self._process.join()
         self._pipe.close()
+
+
+@contextlib.contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def ready(workers: Sequence[Worker], timeout_s: float) -> list[Worker]:

@@ -74,6 +74,15 @@ def read_student(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     return tensors, metadata
 
 
+def is_whole_student(path: Path) -> bool:
+    """Whether the file is there, of the length that its header states; its bytes are not read."""
+    try:
+        with safe_open(path, "pt") as file:
+            return "kdcache" in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
+
+
 def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
     """SHA-256 of the names and bytes of all tensors, by name."""
     digest = hashlib.sha256()

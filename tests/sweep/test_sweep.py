@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -224,6 +225,82 @@ def test_a_larger_grid_adds_to_a_smaller_and_other_settings_are_refused(cache, t
     assert by_name["kl_weight=0.5"].values == {"temperature": 3.0, "kl_weight": 0.5}
     assert by_name["temperature=1"].values == {"temperature": 1.0, "kl_weight": 1.0}
     assert by_name["temperature=1"].config["kl_weight"] == 1.0
+
+
+def test_a_run_is_the_same_whichever_of_its_settings_are_axes(cache, tmp_path):
+    """In another order, with an axis more, or one fixed: no run is trained or counted twice."""
+    out = tmp_path / "s"
+    axes = {"feature_weight": [0.0], "kl_weight": [0.5, 1.0]}
+    first = sweep(cache.path, out, axes, BASE, device="cpu")
+    stamps = {run.name: (run.path / "metrics.jsonl").stat().st_mtime_ns for run in first.runs}
+    sweep(cache.path, out, dict(reversed(axes.items())), BASE, device="cpu")
+    fixed = BASE.model_copy(update={"feature_weight": 0.0})
+    sweep(cache.path, out, {"kl_weight": [0.5, 1.0]}, fixed, device="cpu")
+    report = sweep(cache.path, out, axes | {"seed": [0, 1]}, BASE, device="cpu")
+    assert len(report.runs) == 4
+    settings = [json.dumps(run.config) for run in report.runs]
+    assert len(set(settings)) == 4
+    for name, stamp in stamps.items():
+        assert (out / "runs" / name / "metrics.jsonl").stat().st_mtime_ns == stamp
+    assert "mean of 2 seeds" in report.page.read_text()
+
+
+def test_two_runs_of_one_name_are_two_folders(cache, tmp_path):
+    out = tmp_path / "s"
+    sweep(cache.path, out, {"kl_weight": [0.5]}, BASE, device="cpu")
+    sweep(cache.path, out, {"kl_weight": [0.5], "temperature": [2.0]}, BASE, device="cpu")
+    warm = BASE.model_copy(update={"temperature": 4.0})
+    report = sweep(cache.path, out, {"kl_weight": [0.5]}, warm, device="cpu")
+    assert sorted(run.config["temperature"] for run in report.runs) == [2.0, 3.0, 4.0]
+    assert len({run.name for run in report.runs}) == 3
+
+
+def test_what_is_damaged_is_told_and_healed_where_it_can_be(cache, tmp_path):
+    out = tmp_path / "s"
+    axes = {"kl_weight": [0.5, 1.0, 2.0]}
+    whole = sweep(cache.path, out, axes, BASE, device="cpu")
+    table_before = (out / "sweep.csv").read_text()
+    first, second, third = (run.path for run in whole.runs)
+    os.truncate(first / "metrics.jsonl", 50)
+    (second / "student_best.safetensors").unlink()
+    os.truncate(third / "student_best.safetensors", 1000)
+    report = sweep(cache.path, out, {}, BASE, device="cpu")
+    assert [run.state for run in report.runs] == ["done", "failed", "failed"]
+    for run in report.failed:
+        assert "missing or damaged; delete" in run.error
+        shutil.rmtree(run.path)
+    sweep(cache.path, out, {}, BASE, device="cpu")
+    assert (out / "sweep.csv").read_text() == table_before
+
+
+def test_a_folder_that_is_taken_is_waited_for_aloud(cache, tmp_path, caplog):
+    out = tmp_path / "s"
+    sweep(cache.path, out, {"kl_weight": [1.0]}, BASE, device="cpu")
+    (out / "runs/kl_weight=0.5").mkdir()
+    descriptor = lock(out / "runs/kl_weight=0.5")
+    threading.Timer(4, os.close, [descriptor]).start()
+    report = sweep(cache.path, out, {"kl_weight": [0.5]}, BASE, device="cpu")
+    assert "kl_weight=0.5: another process is training there; waiting" in caplog.text
+    assert [run.state for run in report.runs] == ["done", "done"]
+
+
+def test_settings_without_a_grid_are_refused(cache, alone):
+    for extra in (("--epochs", "7"), ("--set", "learning_rate=0.5"), ("--random", "3")):
+        words = ["sweep", str(cache.path), "--out", str(alone), *extra]
+        result = CliRunner().invoke(main, words)
+        assert result.exit_code == 2
+        assert "settings go with --grid" in result.stderr
+
+
+def test_no_more_processes_than_tasks(monkeypatch):
+    from kdcache.sweep import sweep as engine
+
+    made = []
+    monkeypatch.setattr(engine, "Worker", lambda *a: made.append(a) or pytest.fail("started early"))
+    crew = engine._Crew(["cpu"] * 6, 1, tasks=2)
+    assert crew.has_room
+    assert len(crew._workers) == 2
+    assert made == []
 
 
 def test_all_runs_see_the_rows_of_the_beginning(standins, tmp_path, monkeypatch):
