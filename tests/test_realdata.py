@@ -11,12 +11,12 @@ from pycocotools.coco import COCO
 import kdcache
 from kdcache.cache.info import describe
 from kdcache.config import ExtractConfig, TrainConfig
+from kdcache.deploy.evaluate import evaluate
 from kdcache.errors import ModelError
 from kdcache.imaging import IGNORE, decode_image
 from kdcache.precompute.dataset import coco_dataset
 from kdcache.precompute.extract import extract
 from kdcache.precompute.yolo import Yolo
-from kdcache.train.evaluate import evaluate
 from kdcache.train.loop import train
 from kdcache.train.student import build_student
 
@@ -82,7 +82,7 @@ def test_pipeline_on_real_photos_and_models(realdata, tmp_path):
     train(tmp_path / "c", tmp_path / "run", settings, device="cpu")
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert lines[1]["train_total"] < lines[0]["train_total"]
-    assert 0 < evaluate(tmp_path / "run", cache, device="cpu")["student_miou"] < 1
+    assert 0 < evaluate(tmp_path / "run", cache, device="cpu").scores["student_miou"] < 1
 
 
 def test_unfriendly_detector_is_tapped_inside_and_its_odd_grid_refused(realdata):
