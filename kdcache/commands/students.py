@@ -269,7 +269,11 @@ def predict(
 @click.argument("student", metavar="RUN|FILE", type=path)
 @option("--out", type=path, required=True, help="ONNX file to write.")
 @option("--fp16", is_flag=True, help="Weights and arithmetic of 16 bits; input and logits stay 32.")
-@option("--int8", is_flag=True, help="8-bit convolutions, calibrated on rows of the cache.")
+@option(
+    "--int8",
+    is_flag=True,
+    help="Weights and arithmetic of 8 bits, calibrated on rows of the cache.",
+)
 @option(
     "--preprocessing", is_flag=True, help="Build it in: uint8 RGB pixels (N, S, S, 3) in, mask out."
 )

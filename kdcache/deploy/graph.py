@@ -73,7 +73,7 @@ def check_only_weights_of(model: ModelProto, network: nn.Module) -> int:
 
 
 def quantise(source: Path, out: Path, inputs: Iterable[NDArray[Any]]) -> None:
-    """Write `source` with 8-bit convolutions, their ranges taken from the given inputs.
+    """Write `source` with 8-bit weights and activations, their ranges taken from the given inputs.
 
     onnxruntime's static quantiser: weights by output channel, activations by tensor. All operators
     it knows, not the convolutions alone: on real photos that moved 1.7 % of the pixels instead of

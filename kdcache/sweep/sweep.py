@@ -31,7 +31,7 @@ from kdcache.sweep.grid import Axes, Range, combinations, run_name
 from kdcache.sweep.live import Live
 from kdcache.sweep.page import sweep_page
 from kdcache.sweep.runs import SweepRun, read_run, runs_csv
-from kdcache.sweep.workers import Task, Worker, ready
+from kdcache.sweep.workers import Crew, Task, ready
 from kdcache.train.prepare import Start, find_target
 from kdcache.train.run_folder import check_cache
 from kdcache.train.student import build_student, resolve_device
@@ -129,7 +129,7 @@ def sweep(
             StopRequest().listening() as stop,
             Live(list(runs.values()), shown=progress) as live,
         ):
-            crew = _Crew(devices, together, -(-len(todo) // together))
+            crew = Crew(devices, together, -(-len(todo) // together))
             _train_all(plan, runs, todo, crew, stop, live)
         _write(plan, runs, page=True)
     if stop.asked:
@@ -263,52 +263,11 @@ def _check(cache: Cache, configs: Sequence[TrainConfig]) -> None:
         build_student(encoder, weights)
 
 
-class _Crew:
-    """The processes, and how many runs each takes at once."""
-
-    def __init__(self, devices: Sequence[str], together: int, tasks: int) -> None:
-        self._devices = devices[: max(1, min(len(devices), tasks))]
-        self.together = together
-        on_cpu = devices[0] == "cpu"
-        self._threads = max(1, torch.get_num_threads() // len(self._devices)) if on_cpu else None
-        self._workers: list[Worker | None] = [None] * len(self._devices)
-
-    @property
-    def busy(self) -> list[Worker]:
-        return [worker for worker in self._workers if worker is not None and worker.task]
-
-    @property
-    def has_room(self) -> bool:
-        return len(self.busy) < len(self._workers)
-
-    def give(self, task: Task) -> None:
-        """To a process without a task, started when it is needed."""
-        for number, worker in enumerate(self._workers):
-            if worker is not None and worker.task:
-                continue
-            if worker is None or not worker.alive:
-                self._workers[number] = worker = Worker(self._devices[number], self._threads)  # noqa: PLW2901
-            worker.give(task)
-            return
-
-    def stop(self) -> None:
-        for worker in self._workers:
-            if worker is not None:
-                worker.stop()
-
-    def close(self) -> None:
-        for worker in self.busy:  # an error of ours: nobody would fetch its result
-            worker.stop()
-        for one in self._workers:
-            if one is not None:
-                one.close()
-
-
 def _train_all(
     plan: _Sweep,
     runs: dict[str, SweepRun],
     todo: Sequence[str],
-    crew: _Crew,
+    crew: Crew,
     stop: StopRequest,
     live: Live,
 ) -> None:

@@ -15,6 +15,8 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
+import torch
+
 from kdcache.errors import KdcacheError
 from kdcache.train.prepare import Start
 
@@ -81,6 +83,47 @@ class Worker:
         self._pipe.close()
 
 
+class Crew:
+    """The processes, and how many runs each takes at once."""
+
+    def __init__(self, devices: Sequence[str], together: int, tasks: int) -> None:
+        self._devices = devices[: max(1, min(len(devices), tasks))]
+        self.together = together
+        on_cpu = devices[0] == "cpu"
+        self._threads = max(1, torch.get_num_threads() // len(self._devices)) if on_cpu else None
+        self._workers: list[Worker | None] = [None] * len(self._devices)
+
+    @property
+    def busy(self) -> list[Worker]:
+        return [worker for worker in self._workers if worker is not None and worker.task]
+
+    @property
+    def has_room(self) -> bool:
+        return len(self.busy) < len(self._workers)
+
+    def give(self, task: Task) -> None:
+        """To a process without a task, started when it is needed."""
+        for number, worker in enumerate(self._workers):
+            if worker is not None and worker.task:
+                continue
+            if worker is None or not worker.alive:
+                self._workers[number] = worker = Worker(self._devices[number], self._threads)  # noqa: PLW2901
+            worker.give(task)
+            return
+
+    def stop(self) -> None:
+        for worker in self._workers:
+            if worker is not None:
+                worker.stop()
+
+    def close(self) -> None:
+        for worker in self.busy:  # an error of ours: nobody would fetch its result
+            worker.stop()
+        for one in self._workers:
+            if one is not None:
+                one.close()
+
+
 @contextlib.contextmanager
 def _interrupts_ignored() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
@@ -112,8 +155,6 @@ def _death(exitcode: int) -> str:
 def _work(pipe: Connection, device: str, threads: int | None) -> None:
     """What the process does: a terminal's Ctrl-C is not for it, the end of the sweep is."""
     os.setsid()
-    import torch
-
     from kdcache.allocator import keep_freed_memory
 
     keep_freed_memory()

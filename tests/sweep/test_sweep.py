@@ -22,6 +22,7 @@ from kdcache.config import TrainConfig
 from kdcache.durable import lock
 from kdcache.errors import ConfigError, KdcacheError, ModelError, RunError
 from kdcache.options import EXIT_SKIPPED
+from kdcache.sweep import workers
 from kdcache.sweep.grid import parse_axes
 from kdcache.sweep.sweep import sweep
 from kdcache.train.loop import train
@@ -189,8 +190,6 @@ def test_a_failure_is_recorded_and_the_rest_goes_on(cache, tmp_path):
 
 def test_a_killed_process_is_one_failed_run(cache, tmp_path, monkeypatch):
     """As the kernel does when memory runs out."""
-    from kdcache.sweep import workers
-
     ready, killed = workers.ready, []
 
     def kill_the_first(busy, timeout_s):
@@ -293,11 +292,11 @@ def test_settings_without_a_grid_are_refused(cache, alone):
 
 
 def test_no_more_processes_than_tasks(monkeypatch):
-    from kdcache.sweep import sweep as engine
-
     made = []
-    monkeypatch.setattr(engine, "Worker", lambda *a: made.append(a) or pytest.fail("started early"))
-    crew = engine._Crew(["cpu"] * 6, 1, tasks=2)
+    monkeypatch.setattr(
+        workers, "Worker", lambda *a: made.append(a) or pytest.fail("started early")
+    )
+    crew = workers.Crew(["cpu"] * 6, 1, tasks=2)
     assert crew.has_room
     assert len(crew._workers) == 2
     assert made == []
