@@ -15,10 +15,12 @@ from kdcache.cache import codecs
 from kdcache.cache.format import RowKey, describe_row
 from kdcache.cache.layout import IMAGE, LOGITS, MASK, ROWS, Group, Manifest, TapSpec
 from kdcache.cache.reader import Cache
-from kdcache.config import ExtractConfig
+from kdcache.config import ExtractConfig, TrainConfig
+from kdcache.deploy.export import export
 from kdcache.precompute.dataset import folder_dataset
 from kdcache.precompute.extract import ExtractReport, extract
 from kdcache.standins import save_detector, save_scenes, save_teacher
+from kdcache.train import loop
 
 # No test is timed (other work may share the machine), and every run tries the same examples.
 settings.register_profile("kdcache", deadline=None, derandomize=True, max_examples=60)
@@ -154,3 +156,33 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def run(cache, tmp_path_factory):
+    """A finished run of two epochs, never to be written to."""
+    path = tmp_path_factory.mktemp("runs") / "run"
+    settings = TrainConfig(
+        encoder_weights="random",
+        epochs=2,
+        batch_size=4,
+        learning_rate=3e-3,
+        temperature=4.0,
+        final_temperature=2.0,
+        temperature_schedule="cosine",
+    )
+    loop.train(cache.path, path, settings, device="cpu")
+    return path
+
+
+@pytest.fixture(scope="session")
+def exported(run, cache, tmp_path_factory):
+    """The run exported, once: torch's exporter takes 10 s."""
+    return export(run, tmp_path_factory.mktemp("export") / "student.onnx", cache)
+
+
+@pytest.fixture(scope="session")
+def deployable(run, cache, tmp_path_factory):
+    """The run at 8 bits with its preprocessing."""
+    out = tmp_path_factory.mktemp("export") / "photos_int8.onnx"
+    return export(run, out, cache, precision="int8", preprocessing=True, calibration_rows=4)

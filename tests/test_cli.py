@@ -133,7 +133,7 @@ def test_train_evaluate_and_resume(cache, trained):
         (("info", "nowhere.zarr"), "not a kdcache cache"),
         (("train", "nowhere.zarr", "--out", "run"), "not a kdcache cache"),
         (("evaluate", "nowhere", "nowhere.zarr"), "not a kdcache cache"),
-        (("export", "nowhere", "--out", "s.onnx"), "not a run folder"),
+        (("export", "nowhere", "--out", "s.onnx"), "no such run folder or student file"),
         (("train", "c", "--out", "r", "--set", "epoch=1"), "unknown setting 'epoch'.*epochs"),
         (("train", "c", "--out", "r", "--config", "x"), "no such file"),
     ],
