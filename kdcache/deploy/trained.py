@@ -168,7 +168,6 @@ def check_preprocessing(path: Path, metadata: Mapping[str, Any]) -> None:
         "mean": list(IMAGENET_MEAN),
         "std": list(IMAGENET_STD),
     }
-    known = {"resize": ("stretch", "letterbox")}
     for name, value in ours.items():
         if metadata.get(name, value) != value:
             raise RunError(
@@ -176,11 +175,10 @@ def check_preprocessing(path: Path, metadata: Mapping[str, Any]) -> None:
                 f"version of kdcache has {value}; use the version that made it "
                 f"({metadata.get('kdcache', 'unknown')})"
             )
-    for name, values in known.items():
-        if metadata.get(name) not in values:
-            raise RunError(
-                f"{path}: its {name} is {metadata.get(name)!r}; expected {' or '.join(values)}"
-            )
+    if metadata.get("resize") not in ("stretch", "letterbox"):
+        raise RunError(
+            f"{path}: its resize is {metadata.get('resize')!r}; expected stretch or letterbox"
+        )
 
 
 def _check_of_one_cache(path: Path, metadata: Mapping[str, Any], record: Mapping[str, Any]) -> None:

@@ -106,9 +106,9 @@ class Crew:
         for number, worker in enumerate(self._workers):
             if worker is not None and worker.task:
                 continue
-            if worker is None or not worker.alive:
-                self._workers[number] = worker = Worker(self._devices[number], self._threads)  # noqa: PLW2901
-            worker.give(task)
+            able = worker if worker is not None and worker.alive else None
+            self._workers[number] = able = able or Worker(self._devices[number], self._threads)
+            able.give(task)
             return
 
     def stop(self) -> None:

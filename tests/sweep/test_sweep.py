@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from browser import dumped
@@ -65,10 +67,11 @@ def arrays_of(cache):
 
 def children(process):
     """The processes that it started, and theirs."""
-    found = subprocess.run(
-        ["ps", "-o", "pid=,ppid=", "-e"], capture_output=True, text=True, check=True
-    )
-    parents = dict(map(int, line.split()) for line in found.stdout.splitlines())
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended
+            _, parent, *_ = stat.read_text().rpartition(")")[2].split()
+            parents[int(stat.parent.name)] = int(parent)
     family = {process.pid}
     for _ in range(3):
         family |= {pid for pid, parent in parents.items() if parent in family}
