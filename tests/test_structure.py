@@ -31,6 +31,7 @@ FOUNDATION = {
     "onnx_graph",
     "onnx_session",
     "durable",
+    "places",
     "drawing",
     "stop",
     "tables",

@@ -14,14 +14,14 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from kdcache.cache import codecs
 from kdcache.cache.format import Remarks
+from kdcache.cache.open_shard import EncodedRow
 from kdcache.cache.reader import Cache
-from kdcache.cache.writer import CacheWriter, EncodedRow
+from kdcache.cache.writer import CacheWriter
 from kdcache.config import ExtractConfig
 from kdcache.errors import (
     CacheError,
@@ -30,6 +30,7 @@ from kdcache.errors import (
     device_memory,
 )
 from kdcache.onnx_session import Device
+from kdcache.places import Place, absolute, picture_of
 from kdcache.precompute.check import LOOKED_AT, first_look, say
 from kdcache.precompute.dataset import Dataset
 from kdcache.precompute.job import DEFAULT_BATCH, Job, bytes_per_row, gone, open_job, row_arrays
@@ -59,7 +60,7 @@ log = logging.getLogger(__name__)
 class ExtractReport:
     """What an extraction did."""
 
-    cache: Path
+    cache: Place
     device: str
     rows_added: int
     rows_total: int
@@ -80,7 +81,7 @@ class ExtractReport:
 def extract(
     config: ExtractConfig,
     dataset: Dataset,
-    out: Path,
+    out: Place,
     *,
     split: str = "train",
     device: Device = "auto",
@@ -163,7 +164,7 @@ def extract(
     )
 
 
-def _refuse_if_overtaken(job: Job, writer: CacheWriter, out: Path) -> None:
+def _refuse_if_overtaken(job: Job, writer: CacheWriter, out: Place) -> None:
     """What is to be done, and whether it is in another split, was told by the rows known before the
     cache was this process's alone."""
     if writer.committed != job.known.keys():
@@ -175,25 +176,25 @@ def _refuse_if_overtaken(job: Job, writer: CacheWriter, out: Path) -> None:
 
 def _key(dataset: Dataset, split: str) -> str:
     """Stands for a dataset in the cache's remarks, without telling where it lies."""
-    return hashlib.sha256(f"{split}: {dataset.images.resolve()}".encode()).hexdigest()[:16]
+    return hashlib.sha256(f"{split}: {absolute(dataset.images)}".encode()).hexdigest()[:16]
 
 
-def _look(first: Sequence[Prepared], job: Job, out: Path, progress: bool) -> None:
+def _look(first: Sequence[Prepared], job: Job, out: Place, progress: bool) -> None:
     """Say what both models score on the first photos, and refuse what cannot fit on the disk."""
-    picture = out.with_name(out.name + "-check.png")
+    picture = picture_of(out, "-check.png")
     found, seen = first_look(first, job.yolo, job.teacher, picture, progress=progress)
     say(found, picture)
     _refuse_if_too_much(bytes_per_row(seen, job.manifest), job, out)
 
 
-def _known_bytes(out: Path) -> float:
+def _known_bytes(out: Place) -> float:
     """Bytes of a row in the cache that there is."""
     commits = Cache(out).commits
     total = sum(o.size_bytes for commit in commits for o in commit.objects.values())
     return total / sum(len(commit.keys) for commit in commits)
 
 
-def _refuse_if_too_much(a_row: float, job: Job, out: Path) -> None:
+def _refuse_if_too_much(a_row: float, job: Job, out: Place) -> None:
     specs, shard_rows = job.manifest.arrays(), job.manifest.shard_rows
     Need.of(specs, shard_rows, a_row, len(job.todo)).refuse_if_too_much(
         out,

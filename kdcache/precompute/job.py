@@ -22,6 +22,7 @@ from kdcache.devices import present
 from kdcache.errors import CacheError, ConfigError, SampleError
 from kdcache.imaging import INTERPOLATION
 from kdcache.onnx_session import Device
+from kdcache.places import Place, size_bytes
 from kdcache.precompute.coco import PERSON_CATEGORY
 from kdcache.precompute.dataset import Dataset, Sample, split_of
 from kdcache.precompute.need import stored_bytes
@@ -51,7 +52,7 @@ class Job:
 def open_job(
     config: ExtractConfig,
     dataset: Dataset,
-    out: Path,
+    out: Place,
     *,
     split: str,
     device: Device,
@@ -63,7 +64,7 @@ def open_job(
     for name, reason in dataset.refused.items():
         tally.refuse(name, reason)
     planned = _planned(dataset, config, split, limit)
-    if out.exists() and not (out / "zarr.json").is_file():
+    if _is_foreign(out):
         raise CacheError(f"--out {out} exists and is not a kdcache cache; choose another")
     known = _known(out)
     tally.pixels |= {key: digests.pixels_sha256 for key, digests in known.items()}
@@ -80,9 +81,16 @@ def open_job(
     )
 
 
-def _known(out: Path) -> dict[RowKey, Digests]:
+def _is_foreign(out: Place) -> bool:
+    """Whether something is there that is no cache, nor what a killed writer left of making one."""
+    if not out.exists() or (out / "zarr.json").is_file():
+        return False
+    return isinstance(out, Path) or not all(name.endswith("zarr.json") for name in out.files())
+
+
+def _known(out: Place) -> dict[RowKey, Digests]:
     """The rows that a cache holds already, if there is one."""
-    if not out.exists():
+    if not (out / "zarr.json").is_file():
         return {}
     found = Cache(out)
     return {key: Digests.of(row.details) for key, row in zip(found.keys, found, strict=True)}
@@ -106,7 +114,7 @@ def _split(sample: Sample, config: ExtractConfig, split: str) -> str:
 
 
 def _refuse_second_split(
-    planned: Sequence[tuple[RowKey, Sample]], known: Mapping[RowKey, Digests], out: Path
+    planned: Sequence[tuple[RowKey, Sample]], known: Mapping[RowKey, Digests], out: Place
 ) -> None:
     """The same photo in train and val would make the validation score a lie.
 
@@ -119,7 +127,7 @@ def _refuse_second_split(
             continue
         other = known[key._replace(split=split)]
         try:
-            if sample.image_path.stat().st_size != other.image_bytes:
+            if size_bytes(sample.image_path) != other.image_bytes:
                 continue
             image = sample.read().image
         except (OSError, ValueError, SampleError):

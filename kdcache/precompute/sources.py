@@ -14,6 +14,7 @@ from kdcache.cache.format import RowKey
 from kdcache.config import ResizeMode
 from kdcache.errors import CacheError, DatasetError, SampleError
 from kdcache.imaging import U8, decode_image, exif_orientation, place, resize_image, resize_mask
+from kdcache.places import THREADS_AT_URL, Url
 from kdcache.precompute.dataset import Sample
 from kdcache.precompute.stages import DECODE, Stages
 from kdcache.progress import Progress
@@ -76,8 +77,11 @@ def prepare(
     tally: Tally,
     stages: Stages | None = None,
 ) -> Iterator[Prepared]:
-    """Decoded samples in order, `2 · workers` ahead at most; bad ones go to the tally."""
+    """Decoded samples in order, twice as many ahead as threads at most; bad ones go to the tally."""
     waiting: deque[tuple[RowKey, Future[Prepared]]] = deque()
+    todo = list(todo)
+    at_url = bool(todo) and isinstance(todo[0][1].image_path, Url)
+    threads = max(workers, THREADS_AT_URL) if at_url else workers
 
     def finished() -> Iterator[Prepared]:
         key, future = waiting.popleft()
@@ -92,11 +96,11 @@ def prepare(
         with clock.busy(DECODE):
             return _decoded(key, sample, size_px, resize)
 
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
     try:
         for key, sample in todo:
             waiting.append((key, pool.submit(decoded, key, sample)))
-            if len(waiting) > 2 * workers:
+            if len(waiting) > 2 * threads:
                 yield from finished()
         while waiting:
             yield from finished()

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from kdcache.errors import KdcacheError
+from kdcache.places import Place
 from kdcache.train.prepare import Start
 
 # CUDA and threads do not survive a fork.
@@ -28,7 +29,7 @@ _CONTEXT = multiprocessing.get_context("spawn")
 class Task:
     """Runs for one process: one, or several that train together."""
 
-    cache: Path
+    cache: Place
     starts: Sequence[Start]
     log: Path  # a file that what is said of them is added to
 
