@@ -14,6 +14,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeAlias, TypeVar
@@ -147,9 +148,10 @@ class Url:
 
     def remove_all(self) -> None:
         """Remove everything below the folder."""
-        names = list(self.files())
-        if names:
-            self._call("removed", lambda fs, key: fs.rm([f"{key}/{name}" for name in names]))
+        # one by one: fsspec takes names it is given several of for patterns
+        with ThreadPoolExecutor(THREADS_AT_URL) as pool:
+            for _ in pool.map(lambda name: (self / name).unlink(missing_ok=True), self.files()):
+                pass
 
     def read_some(self, names: Sequence[str]) -> list[bytes | FileNotFoundError]:
         """Objects below the folder, asked for at once, or the error where there is none."""

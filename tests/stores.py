@@ -6,6 +6,7 @@ import random
 import threading
 from collections.abc import Callable, Iterable
 from typing import Any
+from urllib.request import Request, urlopen
 
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import make_server
@@ -18,6 +19,7 @@ class Store:
         self._app = DomainDispatcherApplication(create_backend_app)
         self._rng = random.Random(0)
         self._lock = threading.Lock()
+        self._buckets = 0
         self.failing_share = 0.0
         self.requests = self.failed = 0
         self.dies_after: int | None = None  # requests that write
@@ -25,6 +27,23 @@ class Store:
         self.endpoint = f"http://127.0.0.1:{self._server.port}"
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
         self._thread.start()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What clients need to find it."""
+        return {
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+
+    def new_bucket(self) -> str:
+        """An empty bucket's name."""
+        self._buckets += 1
+        name = f"bucket-{self._buckets}"
+        urlopen(Request(f"{self.endpoint}/{name}", method="PUT")).close()
+        return name
 
     def close(self) -> None:
         self._server.shutdown()
@@ -47,6 +66,9 @@ class Store:
             self.failed += fails
         if not fails:
             return self._app(environ, start_response)
-        environ["wsgi.input"].read()
+        if environ.get("wsgi.input_terminated"):
+            environ["wsgi.input"].read()
+        else:
+            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
         start_response("503 Service Unavailable", [("Content-Type", "application/xml")])
         return [b"<Error><Code>ServiceUnavailable</Code><Message>planted</Message></Error>"]
