@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import re
@@ -44,7 +43,7 @@ from kdcache.cache.shard import (
     decode_index,
     index_bytes,
 )
-from kdcache.durable import TEMPORARY_SUFFIX
+from kdcache.durable import TEMPORARY_SUFFIX, is_locked
 from kdcache.errors import CacheError
 from kdcache.imaging import BACKGROUND, IGNORE, PADDING, PERSON
 
@@ -101,7 +100,7 @@ def verify(path: Path, *, workers: int = 2, progress: bool = False) -> VerifyRep
     CacheError only when there is no cache at `path`; all else is in the report.
     """
     try:
-        root, being_written = read_root(path), _is_being_written(path)
+        root, being_written = read_root(path), is_locked(path)
     except CacheError as error:
         if not (path / "zarr.json").is_file():
             raise
@@ -131,7 +130,7 @@ def verify(path: Path, *, workers: int = 2, progress: bool = False) -> VerifyRep
             pool.shutdown(cancel_futures=True)
             raise
     # After the shards, which takes long: a writer may have come in the meantime.
-    root, being_written = read_root(path), being_written or _is_being_written(path)
+    root, being_written = read_root(path), being_written or is_locked(path)
     bad += _check_nodes(path, root, commits, being_written)
     bad += _check_files(path, root, commits, being_written)
     parts = {
@@ -156,20 +155,6 @@ def _report(
         parts=parts,
         being_written=being_written,
     )
-
-
-def _is_being_written(path: Path) -> bool:
-    """Whether a writer holds its lock on the cache."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # a file system without locks
-        return False
-    finally:
-        os.close(descriptor)
-    return False
 
 
 def _check_commits(path: Path, root: Root) -> tuple[list[Commit], list[Problem]]:
