@@ -491,6 +491,7 @@ def test_no_shared_memory_at_all_is_named(monkeypatch, tmp_path):
     found = machine.check_shared_memory()
     assert found.level == "problem"
     assert "no lock between processes can be made in /dev/shm" in found.found
+    assert found.fix.startswith("ls -la /dev/shm, and delete")
     assert "--shm-size=8g" in found.fix
 
 
@@ -637,6 +638,44 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path, monkeypatch, cache, n
     assert read_only.level == "note"
     assert "extract cannot append" in read_only.found
     assert read_only.fix.startswith(fix)
+
+
+MOUNTS = """
+mount -t tmpfs -o size=16m tmpfs {folder} && cp -r {cache} {folder}/c.zarr || exit 99
+mount -o remount,ro {folder} && mount -t tmpfs -o size=64k tmpfs /dev/shm || exit 99
+dd if=/dev/zero of=/dev/shm/full bs=1k 2>/dev/null
+echo mounted
+exec {python} -c '
+from pathlib import Path
+from kdcache.doctor import machine, storage
+found = storage.place(Path("{folder}/c.zarr"))
+for one in [machine.check_shared_memory(), *storage.check_space(found), *storage.check_disk(found, False)]:
+    print(one.level, one.check, one.found, one.fix, sep="|")'
+"""
+
+
+def test_a_really_read_only_cache_and_a_really_full_shared_memory_are_named(cache, tmp_path):
+    if shutil.which("unshare") is None:
+        pytest.skip("there is no unshare here")
+    script = MOUNTS.format(folder=tmp_path, cache=cache.path, python=sys.executable)
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", script],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if "mounted" not in done.stdout:
+        pytest.skip(f"no mounts can be made here: {done.stderr}")
+    assert done.returncode == 0, done.stderr
+    found = {one[1]: one for one in (line.split("|") for line in done.stdout.splitlines()[1:])}
+    assert found["shared memory"][0] == "problem"
+    assert "No space left on device" in found["shared memory"][2]
+    assert found["shared memory"][3].startswith("ls -la /dev/shm, and delete what is left over")
+    assert found["disk"][0] == "note"  # what is there can be read
+    assert found["writing"][0] == "note"
+    assert "c.zarr cannot be written to: Read-only file system" in found["writing"][2]
+    assert found["writing"][3].startswith(f"sudo mount -o remount,rw {tmp_path} ")
 
 
 def test_a_read_only_cache_is_timed_by_its_own_shards(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import errno
 import math
 import multiprocessing
 import os
@@ -140,12 +141,14 @@ def check_shared_memory(path: Path = Path("/dev/shm"), gpus: int = 0) -> Finding
     try:
         multiprocessing.get_context("fork").Lock()  # of spawn it would start a process
     except (OSError, ImportError) as error:
+        fix = f"sudo mount -t tmpfs -o rw,nosuid,nodev,mode=1777 tmpfs {path}"
+        if getattr(error, "errno", None) == errno.ENOSPC:
+            fix = f"ls -la {path}, and delete what is left over"
         return problem(
             "shared memory",
             f"no lock between processes can be made in {path}: {one_line(str(error))}; dask and "
             "torchrun cannot start theirs",
-            f"sudo mount -t tmpfs -o rw,nosuid,nodev,mode=1777 tmpfs {path}; in a container: "
-            "docker run --shm-size=8g …; when full: ls -la /dev/shm, and delete what is left over",
+            f"{fix}; in a container: docker run --shm-size=8g …",
         )
     try:
         disk = os.statvfs(path)

@@ -84,7 +84,7 @@ def check_providers(outcomes: Mapping[str, Outcome], gpu: Gpu, torch: Outcome) -
     """That every provider which kdcache may use runs a graph, and by itself."""
     basic = outcomes[CPU]
     if error := basic.module_error("onnxruntime"):
-        fix = "pip install --force-reinstall onnxruntime-gpu   (macOS, Arm: onnxruntime)"
+        fix = _FIXES[_NO_ANSWER] if _NO_ANSWER in error else _REINSTALL
         return [problem("onnxruntime", f"onnxruntime cannot be imported: {one_line(error)}", fix)]
     if why(basic):
         return [_starts(CPU, basic)]
@@ -178,16 +178,18 @@ def _fix(name: str, reason: str, facts: Mapping[str, Any]) -> str:
         if re.search(pattern, reason):
             return fix.format(cuda=facts.get("cuda") or "its own version")
     if name == CPU:
-        return "pip install --force-reinstall onnxruntime-gpu   (macOS, Arm: onnxruntime)"
+        return _REINSTALL
     if name not in facts.get("listed", [name]):
         return f"{_ANEW}   (the plain onnxruntime has no CUDA)"
     return f"bring the driver in order (above); else: {_ANEW}; or --device cpu"
 
 
+_REINSTALL = "pip install --force-reinstall onnxruntime-gpu   (macOS, Arm: onnxruntime)"
 _ANEW = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime-gpu"
 _MISSING_FILE = r"onnxruntime_providers_\w+\.so is missing"
+_NO_ANSWER = "no answer in"
 _FIXES = {
-    "no answer in": "run `kdcache doctor` once more: the first import reads much from the disk; should it "
+    _NO_ANSWER: "run `kdcache doctor` once more: the first import reads much from the disk; should it "
     "stay, nvidia-smi shows whether the GPU answers",
     "No module named": "pip install what is not there   (the line `imports` has the names)",
     _MISSING_FILE: f"{_ANEW}   (a file of the package is missing)",

@@ -79,7 +79,8 @@ def _space(found: Place, free_bytes: int) -> Finding:
     text = f"{megabytes(free_bytes)} free at {found.folder}: about {rows:,.0f} rows at 640 px"
     fix = f"make room, or give another disk (--out DIR); what takes it: du -xsh {found.folder}/*"
     if free_bytes < _FULL_BYTES:
-        return problem("disk", "full: " + text, fix, free_bytes=free_bytes)
+        level = note if found.is_cache else problem  # a cache is read from full disks as well
+        return level("disk", "full: " + text, fix, free_bytes=free_bytes)
     if free_bytes < _LITTLE_BYTES and not found.is_cache:
         fix += "; `kdcache plan` says what a dataset takes"
         return note("disk", text, fix, free_bytes=free_bytes)
@@ -93,7 +94,8 @@ def _files(found: Place, files: int) -> Finding:
         "use another disk"
     )
     if files < _NO_FILES:
-        return problem("inodes", text, fix, free_files=files)
+        level = note if found.is_cache else problem
+        return level("inodes", text, fix, free_files=files)
     if files < _FEW_FILES and not found.is_cache:
         fix = f"extract with --set shard_rows=512: a 16th of the files; or {fix}"
         return note("inodes", text, fix, free_files=files)
