@@ -55,6 +55,20 @@ def lock(folder: Path) -> int | None:
     return descriptor
 
 
+def is_locked(folder: Path) -> bool:
+    """Whether another process holds the folder's lock; False where the file system has none."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def fsync(path: Place) -> None:
     """Flush a file, or a folder's entries, to the disk; what a URL has is there for good."""
     if isinstance(path, Url):

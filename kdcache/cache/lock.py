@@ -13,7 +13,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from kdcache.durable import lock
+from kdcache.durable import is_locked, lock
 from kdcache.errors import CacheError, StorageError
 from kdcache.places import Place, Url
 
@@ -108,9 +108,11 @@ def locked(path: Place) -> FolderLock | Lease:
     return Lease(path) if isinstance(path, Url) else FolderLock(path)
 
 
-def is_leased(cache: Url) -> bool:
-    """Whether a writer is at work on the cache at a URL."""
-    found = _read(_lease_of(cache))
+def is_being_written(path: Place) -> bool:
+    """Whether a writer is at work on a cache."""
+    if isinstance(path, Path):
+        return is_locked(path)
+    found = _read(_lease_of(path))
     return found is not None and _is_valid(found)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import re
@@ -36,7 +35,7 @@ from kdcache.cache.format import (
     read_staged,
 )
 from kdcache.cache.layout import MASK, ROWS, ArraySpec
-from kdcache.cache.lock import is_leased
+from kdcache.cache.lock import is_being_written
 from kdcache.cache.shard import (
     DamagedError,
     chunk_of,
@@ -103,7 +102,7 @@ def verify(path: Place, *, workers: int = 2, progress: bool = False) -> VerifyRe
     CacheError only when there is no cache at `path`; all else is in the report.
     """
     try:
-        root, being_written = read_root(path), _is_being_written(path)
+        root, being_written = read_root(path), is_being_written(path)
     except CacheError as error:
         if not (path / "zarr.json").is_file():
             raise
@@ -133,7 +132,7 @@ def verify(path: Place, *, workers: int = 2, progress: bool = False) -> VerifyRe
             pool.shutdown(cancel_futures=True)
             raise
     # After the shards, which takes long: a writer may have come in the meantime.
-    root, being_written = read_root(path), being_written or _is_being_written(path)
+    root, being_written = read_root(path), being_written or is_being_written(path)
     bad += _check_nodes(path, root, commits, being_written)
     bad += _check_files(path, root, commits, being_written)
     parts = {
@@ -158,22 +157,6 @@ def _report(
         parts=parts,
         being_written=being_written,
     )
-
-
-def _is_being_written(path: Place) -> bool:
-    """Whether a writer holds its lock on the cache."""
-    if isinstance(path, Url):
-        return is_leased(path)
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # a file system without locks
-        return False
-    finally:
-        os.close(descriptor)
-    return False
 
 
 def _check_commits(path: Place, root: Root) -> tuple[list[Commit], list[Problem]]:
