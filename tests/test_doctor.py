@@ -808,7 +808,7 @@ def test_only_a_problem_is_exit_status_1(monkeypatch, found, status):
     assert as_json["findings"][0]["fix"] == "make room"
 
 
-def test_urls_are_refused():
-    result = CliRunner().invoke(main, ["doctor", "s3://bucket/coco.zarr"])
+def test_urls_of_an_unknown_kind_are_refused():
+    result = CliRunner().invoke(main, ["doctor", "nothing://bucket/coco.zarr"])
     assert result.exit_code == 1
-    assert result.stderr.startswith("error: s3://bucket/coco.zarr: doctor looks at local folders")
+    assert result.stderr.startswith("error: nothing://: ")

@@ -23,6 +23,7 @@ from kdcache.cache.reader import Cache
 from kdcache.cache.verify import verify
 from kdcache.cache.writer import CacheWriter
 from kdcache.config import TrainConfig
+from kdcache.doctor.store import check_store
 from kdcache.errors import CacheError, ConfigError, DatasetError, StorageError
 from kdcache.places import Url, children, files_below, place_of, read_some
 from kdcache.precompute.dataset import folder_dataset, unlabelled_dataset
@@ -325,3 +326,16 @@ def kdcache_command(*arguments: object, folder: Path) -> subprocess.CompletedPro
 def test_an_empty_folder_of_photos_at_a_url_is_told(bucket):
     with pytest.raises(DatasetError, match="no such folder"):
         unlabelled_dataset(bucket / "nothing")
+
+
+def test_doctor_times_a_store_and_names_one_that_refuses(bucket, store):
+    written(bucket / "c", range(2))
+    answered, rate = check_store(bucket / "c", gpu=False)
+    assert (answered.level, rate.check) == ("ok", "speed")
+    assert rate.values["rows_per_s"] > 0
+    assert files_below(bucket) == [f"c/{name}" for name in files_below(bucket / "c")]
+    store.dies_after = 0  # it may be read, not written to
+    (told,) = check_store(bucket / "c", gpu=False)
+    assert (told.level, "extract cannot append" in told.found) == ("note", True)
+    (told,) = check_store(bucket / "new", gpu=False)
+    assert (told.level, "7 attempts" in told.found) == ("problem", True)

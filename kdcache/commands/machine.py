@@ -17,8 +17,9 @@ from kdcache.options import EXIT_FAILED, example, json_option, show
 def doctor(place: str, as_json: bool) -> None:
     """Tell what this machine has, what is broken, and what to type about it.
 
-    PATH is a cache, or a folder in which one is or will be (default: here). Python, torch and ONNX
-    Runtime with what really starts, driver, memory, disk and its speed, hub; about ten seconds.
+    PATH is a cache, or a folder in which one is or will be (default: here), or a URL of either.
+    Python, torch and ONNX Runtime with what really starts, driver, memory, disk or store and its
+    speed, hub; about ten seconds.
     Exit status 1 when there is a problem: something without which kdcache, or the GPU that is
     there, cannot be used. A note is what works with less.
     """

@@ -12,7 +12,9 @@ from kdcache import __version__
 from kdcache.doctor import gpu, machine, packages, providers, storage
 from kdcache.doctor.children import Children, Outcome
 from kdcache.doctor.finding import Finding, Findings, isolated
-from kdcache.errors import ConfigError
+from kdcache.doctor.store import check_store
+from kdcache.errors import KdcacheError
+from kdcache.places import Place, Url, place_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,11 +31,9 @@ class Checkup:
 def checkup(where: str | Path) -> Checkup:
     """Look at this machine, what is installed, and at `where`: a cache, or where one is to be.
 
-    Takes about ten seconds; changes nothing. Raises ConfigError where `where` is a URL.
+    Takes about ten seconds; changes nothing. Raises ConfigError for a URL of an unknown kind.
     """
-    if "://" in str(where):
-        raise ConfigError(f"{where}: doctor looks at local folders; it does not know URLs yet")
-    path = Path(where)
+    path = place_of(where)
     started = time.monotonic()
     findings = _findings(path)
     return Checkup(
@@ -45,8 +45,8 @@ def checkup(where: str | Path) -> Checkup:
     )
 
 
-def _findings(path: Path) -> list[Finding]:
-    found = storage.place(path)
+def _findings(path: Place) -> list[Finding]:
+    found = None if isinstance(path, Url) else storage.place(path)
     findings: list[Finding] = []
 
     def add(check: str, look: Callable[[], Findings | None]) -> None:
@@ -58,7 +58,7 @@ def _findings(path: Path) -> list[Finding]:
         provider_probes = {name: children.start("provider", name) for name in names}
         modules_probe = children.start("modules", *packages.MODULES)
         hub_probe = children.start("hub")
-        cache_probe = children.start("cache", str(path)) if found.is_cache else None
+        cache_probe = children.start("cache", str(path)) if _is_cache(path, found) else None
         card = gpu.look_for_gpu()
         torch, modules = children.outcome(torch_probe), children.outcome(modules_probe)
         runtimes = {name: children.outcome(probe) for name, probe in provider_probes.items()}
@@ -80,12 +80,24 @@ def _findings(path: Path) -> list[Finding]:
     add("output", lambda: machine.check_output(machine.stdout_encoding()))
     add("compiler", machine.check_compiler)
     add("hub", lambda: machine.check_hub(hub))
-    add("path", lambda: storage.check_place(found))
-    add("disk", lambda: storage.check_space(found))
-    add("speed", lambda: storage.check_disk(found, card.wanted))
+    if isinstance(path, Url):
+        add("store", lambda: check_store(path, card.wanted))
+    elif found is not None:
+        add("path", lambda: storage.check_place(found))
+        add("disk", lambda: storage.check_space(found))
+        add("speed", lambda: storage.check_disk(found, card.wanted))
     if cache is not None:
         add("cache", lambda: storage.check_cache(cache, path))
     return findings
+
+
+def _is_cache(path: Place, found: storage.Place | None) -> bool:
+    if found is not None:
+        return found.is_cache
+    try:
+        return (path / "zarr.json").is_file()
+    except KdcacheError:  # the check of the store says it
+        return False
 
 
 def _of_packages() -> list[Finding]:

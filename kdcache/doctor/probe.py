@@ -166,11 +166,12 @@ def _cudnn() -> dict[str, str]:
 
 def _cache(say: Say, path: str) -> None:
     import kdcache
-    from kdcache.durable import is_locked
+    from kdcache.cache.lock import is_being_written
     from kdcache.errors import KdcacheError
+    from kdcache.places import place_of
 
-    say(locked=is_locked(Path(path)))
     try:
+        say(locked=is_being_written(place_of(path)))
         cache = kdcache.open(path)
         row_bytes = sum(
             record.size_bytes for commit in cache.commits for record in commit.objects.values()

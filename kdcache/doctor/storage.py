@@ -14,6 +14,7 @@ from pathlib import Path
 from kdcache.doctor.children import Outcome
 from kdcache.doctor.finding import Finding, note, ok, one_line, problem
 from kdcache.durable import TEMPORARY_SUFFIX
+from kdcache.places import Url
 from kdcache.tables import megabytes
 
 # A row at 640 px of a 1024×80×80 tap, int8, with the reserve that a plan needs.
@@ -114,8 +115,8 @@ def check_disk(found: Place, gpu: bool) -> list[Finding]:
     except OSError as error:
         unwritable = _unwritable(found, error)
         return [unwritable, *_of_the_cache(found, gpu)]
-    speed = _speed(written_bytes / write_s, rate, gpu)
-    return [ok("writing", f"{found.folder} can be written to"), speed]
+    found_speed = speed(written_bytes / write_s, rate, gpu)
+    return [ok("writing", f"{found.folder} can be written to"), found_speed]
 
 
 def _write(descriptor: int) -> tuple[int, float]:
@@ -141,7 +142,8 @@ def _read_rate(descriptor: int, size_bytes: int) -> float:
     return min(done, size_bytes) / max(time.perf_counter() - started, 1e-9)
 
 
-def _speed(write_rate: float | None, read_rate: float, gpu: bool) -> Finding:
+def speed(write_rate: float | None, read_rate: float, gpu: bool) -> Finding:
+    """What these bytes a second are in rows, and whether a training would wait for them."""
     rows = read_rate / ROW_BYTES
     text = f"reads {megabytes(read_rate)}/s, {rows:.0f} rows/s of 5.3 MB"
     values = {"read_bytes_per_s": read_rate, "rows_per_s": rows}
@@ -194,13 +196,13 @@ def _of_the_cache(found: Place, gpu: bool) -> Iterator[Finding]:
     if largest is not None:
         with largest.open("rb") as file:
             size_bytes = min(largest.stat().st_size, _TRIAL_BYTES)
-            yield _speed(None, _read_rate(file.fileno(), size_bytes), gpu)
+            yield speed(None, _read_rate(file.fileno(), size_bytes), gpu)
 
 
 def _shards(folder: Path) -> Iterator[Path]:
     """Files large enough to time, the first few that are met."""
     count = 0
-    for path in folder.rglob("c/*"):
+    for path in folder.rglob("c.*"):
         if path.is_file() and path.stat().st_size > _BLOCK_BYTES:
             yield path
             count += 1
@@ -208,7 +210,7 @@ def _shards(folder: Path) -> Iterator[Path]:
             return
 
 
-def check_cache(outcome: Outcome, path: Path) -> list[Finding]:
+def check_cache(outcome: Outcome, path: Path | Url) -> list[Finding]:
     """That the cache opens, and whether a writer has it open; `outcome` is of the probe."""
     facts, findings = outcome.facts, []
     if facts.get("locked"):
