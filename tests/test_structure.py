@@ -22,6 +22,7 @@ ALLOWED = {
 }
 FOUNDATION = {
     "allocator",
+    "cluster",
     "errors",
     "config",
     "imaging",
