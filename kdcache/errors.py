@@ -51,6 +51,10 @@ class RunError(KdcacheError):
     """A run folder is missing, incomplete, or disagrees with what was asked for."""
 
 
+class ClusterError(KdcacheError):
+    """A dask cluster cannot be reached, or its workers cannot be used."""
+
+
 class DeviceMemoryError(KdcacheError):
     """The device ran out of memory."""
 

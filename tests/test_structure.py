@@ -23,6 +23,7 @@ ALLOWED = {
 }
 FOUNDATION = {
     "allocator",
+    "cluster",
     "errors",
     "config",
     "imaging",
