@@ -6,13 +6,13 @@ how many threads a process is for, that its code is ours, and what to tell when 
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
-import re
+import pickle
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 from collections import defaultdict
@@ -32,6 +32,7 @@ from distributed.utils import silence_logging_cmgr
 
 import kdcache
 from kdcache.errors import ClusterError
+from kdcache.gpus import gpu_of, visible_gpus
 
 log = logging.getLogger(__name__)
 
@@ -149,13 +150,13 @@ def devices(
     return described
 
 
-def describe(device: str, dask_worker: Worker) -> WorkerDevice:
+async def describe(device: str, dask_worker: Worker) -> WorkerDevice:
     """This worker's device: asked for in the worker itself, which is the one to open CUDA."""
     return WorkerDevice(
         address=dask_worker.address,
         host=socket.gethostname(),
         pid=os.getpid(),
-        gpu=_gpu(device),
+        gpu=await asyncio.to_thread(gpu_of, device),
         visible=os.environ.get("CUDA_VISIBLE_DEVICES"),
         threads=_threads(dask_worker),
     )
@@ -209,16 +210,39 @@ def asked(
     *arguments: Any,
     workers: list[str] | None = None,
 ) -> dict[str, Any]:
-    """Each worker's answer, by its address, given beside its tasks; an error becomes a ClusterError.
+    """Each worker's answer, by its address; an error becomes a ClusterError.
 
-    The function is one of a module of kdcache; it gets the worker if it has a `dask_worker`.
+    The function runs in the worker's event loop, beside its tasks: see `answer`.
     """
     with told_plainly():
         found = client.run(function, *arguments, workers=workers, on_error="return")
-    for address, answer in found.items():
-        if isinstance(answer, Exception):
-            raise ClusterError(f"worker {address}: {answer}") from answer
+    for address, given in found.items():
+        if isinstance(given, Exception):
+            raise ClusterError(f"worker {address}: {given}") from given
     return dict(found)
+
+
+def sealed(function: Callable[..., Any], *arguments: Any) -> bytes:
+    """A call that only the thread that does it unpacks: the argument of `unsealed`, as a task.
+
+    What is submitted as it is, is unpickled by the scheduler too, and in event loops; importing
+    torch there leaves all of a cluster without answers for as long as that takes.
+    """
+    return pickle.dumps((function, arguments))
+
+
+def unsealed(call: bytes, *more: Any) -> Any:
+    """Do a sealed call: `client.submit(unsealed, sealed(function, …), pure=False)`.
+
+    `more` are arguments that dask is to fetch, such as futures of data it has scattered.
+    """
+    function, arguments = pickle.loads(call)
+    return function(*arguments, *more)
+
+
+async def answer(call: bytes) -> Any:
+    """Do a sealed call while the event loop goes on: `asked(client, answer, sealed(function, …))`."""
+    return await asyncio.to_thread(unsealed, call)
 
 
 @contextmanager
@@ -248,7 +272,7 @@ def threads_here() -> int:
 
 
 def _threads(worker: Worker) -> int:
-    return max(1, int(os.environ.get(_THREADS, worker.state.nthreads)))
+    return max(1, int(os.environ.get(_THREADS) or worker.state.nthreads))
 
 
 def still_wanted() -> Callable[[], bool]:
@@ -271,46 +295,6 @@ def still_wanted() -> Callable[[], bool]:
     return wanted
 
 
-def visible_gpus() -> list[str]:
-    """What CUDA_VISIBLE_DEVICES may name here, without CUDA: its own entries, or all UUIDs."""
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if given is not None:
-        entries = [entry.strip() for entry in given.split(",")]
-        # CUDA takes those before the first that is none, which is how -1 hides all
-        ends = (n for n, entry in enumerate(entries) if not re.match(r"\d|GPU-|MIG-", entry))
-        return entries[: next(ends, len(entries))]
-    try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return []
-    gpus: list[str] = []
-    for uuid in re.findall(r"UUID: ((?:GPU|MIG)-[^)\s]+)", listed.stdout):
-        # the slices of a GPU follow it, and are used in its place
-        if uuid.startswith("MIG-") and gpus and gpus[-1].startswith("GPU-"):
-            gpus.pop()
-        gpus.append(uuid)
-    return gpus
-
-
-def _gpu(device: str) -> str | None:
-    """The UUID of the GPU that a worker's tasks would take."""
-    if device == "cpu":
-        return None
-    import torch
-
-    if not torch.cuda.is_available():
-        if device == "auto":
-            return None
-        raise ClusterError(
-            f"torch {torch.__version__} sees no CUDA device there (--device {device})"
-        )
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    if visible.startswith("MIG-"):  # slices may have the UUID of their GPU
-        return visible
-    number = int(device.partition(":")[2] or 0)
-    return str(torch.cuda.get_device_properties(number).uuid)
-
-
 def _scheduler(address: str) -> str:
     """The address, also of a scheduler file."""
     if not address.endswith(".json"):
@@ -328,7 +312,7 @@ def _scheduler(address: str) -> str:
 def _client(address: str) -> Iterator[Client]:
     with _quiet():
         try:
-            client = Client(address, timeout=_CONNECT_S, set_as_default=False, name="kdcache")
+            client = Client(address, timeout=_CONNECT_S, name="kdcache")
         except (OSError, ValueError, ImportError) as error:
             raise ClusterError(
                 f"no dask scheduler answers at {address} ({error}); {_HOW_TO_START}"

@@ -34,6 +34,7 @@ FOUNDATION = {
     "onnx_session",
     "durable",
     "places",
+    "gpus",
     "drawing",
     "stop",
     "tables",

@@ -172,6 +172,7 @@ class CacheWriter:
         if commit.manifest != manifest_digest(self.manifest) or commit.shard in self._shards:
             raise CacheError(f"shard {commit.shard} of {self._path} was made for another cache")
         self._record(commit)
+        self._bytes_written += sum(record.size_bytes for record in commit.objects.values())
 
     def _record(self, commit: Commit) -> None:
         self._lock.check()

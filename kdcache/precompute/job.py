@@ -37,16 +37,31 @@ LOGITS_DTYPE = {"float32": "float32"}  # float16 with any other precision
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
-    """What there is to extract, and with what."""
+class Survey:
+    """What there is to extract."""
 
-    device: str
+    dataset: Dataset
+    out: Place
+    split: str
+    whole: bool  # the dataset was not limited, so rows that it does not have are gone from it
     planned: Sequence[tuple[RowKey, Sample]]
     known: Mapping[RowKey, Digests]  # rows that the cache has
     todo: Sequence[tuple[RowKey, Sample]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Models:
+    """The frozen models on one device, and what the cache they make is like."""
+
+    device: str
     yolo: Yolo | None  # None: the cache is to hold no features
     teacher: Teacher | None  # None: … no logits
     manifest: Manifest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job(Survey, Models):
+    """What there is to extract, and with what."""
 
 
 def open_job(
@@ -61,6 +76,27 @@ def open_job(
 ) -> Job:
     """Find out what is to be done and load the models; nothing is written."""
     place_on = present(device)
+    found = survey(config, dataset, out, split=split, limit=limit, tally=tally)
+    return Job(**vars(found), **vars(open_models(config, place_on)))
+
+
+def open_models(config: ExtractConfig, device: str) -> Models:
+    """The models that the settings want to be run, on a device that is present."""
+    yolo, teacher = _load_models(config, device)
+    manifest = _manifest(config, yolo, teacher, device)
+    return Models(device=device, yolo=yolo, teacher=teacher, manifest=manifest)
+
+
+def survey(
+    config: ExtractConfig,
+    dataset: Dataset,
+    out: Place,
+    *,
+    split: str,
+    limit: int | None,
+    tally: Tally,
+) -> Survey:
+    """Find out what is to be done; no model is needed for that."""
     for name, reason in dataset.refused.items():
         tally.refuse(name, reason)
     planned = _planned(dataset, config, split, limit)
@@ -69,15 +105,15 @@ def open_job(
     known = _known(out)
     tally.pixels |= {key: digests.pixels_sha256 for key, digests in known.items()}
     _refuse_second_split(planned, known, out)
-    yolo, teacher = _load_models(config, place_on)
-    return Job(
-        device=place_on,
+    todo = [(key, sample) for key, sample in planned if key not in known]
+    return Survey(
+        dataset=dataset,
+        out=out,
+        split=split,
+        whole=limit is None,
         planned=planned,
         known=known,
-        todo=[(key, sample) for key, sample in planned if key not in known],
-        yolo=yolo,
-        teacher=teacher,
-        manifest=_manifest(config, yolo, teacher, place_on),
+        todo=todo,
     )
 
 

@@ -199,7 +199,8 @@ def _image_s(
         CacheWriter(folder / "trial", job.manifest) as writer,
         Progress("trial", len(trial), "image", shown=progress) as bar,
     ):
-        run(rows, job.yolo, job.teacher, writer, batch_size, tally, bar, stop, Stages(workers))
+        stages, stopped = Stages(workers), lambda: stop.asked
+        run(rows, job, writer, batch_size, tally, bar, stopped, stages)
         writer.commit()
         if stop.asked:
             raise KeyboardInterrupt

@@ -53,6 +53,16 @@ class Tally:
             self.doubtful[row.key.sample_id] = row.doubt
         self.handled += 1
 
+    def add(
+        self, pixels: Mapping[RowKey, str], skipped: Mapping[str, str], doubtful: Mapping[str, str]
+    ) -> None:
+        """What became of the samples of a shard; raises DatasetError for a skipped one when `strict`."""
+        self.pixels.update(pixels)
+        self.doubtful.update(doubtful)
+        self.handled += len(pixels)
+        for sample_id, reason in skipped.items():
+            self.skip(sample_id, reason)
+
     def skip(self, sample_id: str, reason: str) -> None:
         """The sample cannot be a row; raises DatasetError when `strict`."""
         self.refuse(sample_id, reason)
