@@ -6,9 +6,11 @@ how many threads a process is for, that its code is ours, and what to tell when 
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
+import pickle
 import re
 import signal
 import socket
@@ -149,13 +151,13 @@ def devices(
     return described
 
 
-def describe(device: str, dask_worker: Worker) -> WorkerDevice:
+async def describe(device: str, dask_worker: Worker) -> WorkerDevice:
     """This worker's device: asked for in the worker itself, which is the one to open CUDA."""
     return WorkerDevice(
         address=dask_worker.address,
         host=socket.gethostname(),
         pid=os.getpid(),
-        gpu=_gpu(device),
+        gpu=await asyncio.to_thread(_gpu, device),
         visible=os.environ.get("CUDA_VISIBLE_DEVICES"),
         threads=_threads(dask_worker),
     )
@@ -209,16 +211,36 @@ def asked(
     *arguments: Any,
     workers: list[str] | None = None,
 ) -> dict[str, Any]:
-    """Each worker's answer, by its address, given beside its tasks; an error becomes a ClusterError.
+    """Each worker's answer, by its address; an error becomes a ClusterError.
 
-    The function is one of a module of kdcache; it gets the worker if it has a `dask_worker`.
+    The function runs in the worker's event loop, beside its tasks: see `answer`.
     """
     with told_plainly():
         found = client.run(function, *arguments, workers=workers, on_error="return")
-    for address, answer in found.items():
-        if isinstance(answer, Exception):
-            raise ClusterError(f"worker {address}: {answer}") from answer
+    for address, given in found.items():
+        if isinstance(given, Exception):
+            raise ClusterError(f"worker {address}: {given}") from given
     return dict(found)
+
+
+def sealed(function: Callable[..., Any], *arguments: Any) -> bytes:
+    """A call that only the thread that does it unpacks: the argument of `unsealed`, as a task.
+
+    What is submitted as it is, is unpickled by the scheduler too, and in event loops; importing
+    torch there leaves all of a cluster without answers for as long as that takes.
+    """
+    return pickle.dumps((function, arguments))
+
+
+def unsealed(call: bytes) -> Any:
+    """Do a sealed call: `client.submit(unsealed, sealed(function, …), pure=False)`."""
+    function, arguments = pickle.loads(call)
+    return function(*arguments)
+
+
+async def answer(call: bytes) -> Any:
+    """Do a sealed call while the event loop goes on: `asked(client, answer, sealed(function, …))`."""
+    return await asyncio.to_thread(unsealed, call)
 
 
 @contextmanager
@@ -248,7 +270,7 @@ def threads_here() -> int:
 
 
 def _threads(worker: Worker) -> int:
-    return max(1, int(os.environ.get(_THREADS, worker.state.nthreads)))
+    return max(1, int(os.environ.get(_THREADS) or worker.state.nthreads))
 
 
 def still_wanted() -> Callable[[], bool]:
@@ -328,7 +350,7 @@ def _scheduler(address: str) -> str:
 def _client(address: str) -> Iterator[Client]:
     with _quiet():
         try:
-            client = Client(address, timeout=_CONNECT_S, set_as_default=False, name="kdcache")
+            client = Client(address, timeout=_CONNECT_S, name="kdcache")
         except (OSError, ValueError, ImportError) as error:
             raise ClusterError(
                 f"no dask scheduler answers at {address} ({error}); {_HOW_TO_START}"

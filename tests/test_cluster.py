@@ -39,10 +39,6 @@ def never_ends(flag):
     Path(flag).unlink()
 
 
-def dies():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 def waited_for(condition, timeout_s=30):
     deadline = time.monotonic() + timeout_s
     while not condition():
@@ -206,7 +202,7 @@ def test_a_worker_that_dies_again_and_again_is_one_error(one_worker):
         (before,) = client.run(process_id).values()
         died = pytest.raises(ClusterError, match="4 workers died one after the other")
         with died, cluster.told_plainly():
-            client.submit(dies, pure=False).result(timeout=60)
+            client.submit(daskprocesses.dies, pure=False).result(timeout=60)
         client.wait_for_workers(1, timeout=30)
         (after,) = client.run(process_id).values()
     assert before != after
@@ -229,13 +225,16 @@ def test_without_workers_it_is_said_and_waited_for(tmp_path, monkeypatch, caplog
         late.__exit__(None, None, None)
 
 
-def test_a_lost_scheduler_is_one_error(tmp_path):
+def test_a_lost_scheduler_is_one_error_and_its_tasks_end(tmp_path):
+    flag = tmp_path / "runs"
     with (
         daskprocesses.scheduler(tmp_path) as address,
         daskprocesses.worker(address, tmp_path),
         cluster.connected(address) as client,
     ):
-        future = client.submit(time.sleep, 60)
+        future = client.submit(never_ends, str(flag))
+        waited_for(flag.exists)
         os.kill(client.run_on_scheduler(process_id), signal.SIGKILL)
         with pytest.raises(ClusterError, match="scheduler is lost"), cluster.told_plainly():
             future.result(timeout=60)
+        waited_for(lambda: not flag.exists())
