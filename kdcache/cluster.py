@@ -11,10 +11,8 @@ import json
 import logging
 import os
 import pickle
-import re
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 from collections import defaultdict
@@ -34,6 +32,7 @@ from distributed.utils import silence_logging_cmgr
 
 import kdcache
 from kdcache.errors import ClusterError
+from kdcache.gpus import gpu_of, visible_gpus
 
 log = logging.getLogger(__name__)
 
@@ -157,7 +156,7 @@ async def describe(device: str, dask_worker: Worker) -> WorkerDevice:
         address=dask_worker.address,
         host=socket.gethostname(),
         pid=os.getpid(),
-        gpu=await asyncio.to_thread(_gpu, device),
+        gpu=await asyncio.to_thread(gpu_of, device),
         visible=os.environ.get("CUDA_VISIBLE_DEVICES"),
         threads=_threads(dask_worker),
     )
@@ -291,46 +290,6 @@ def still_wanted() -> Callable[[], bool]:
         )
 
     return wanted
-
-
-def visible_gpus() -> list[str]:
-    """What CUDA_VISIBLE_DEVICES may name here, without CUDA: its own entries, or all UUIDs."""
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if given is not None:
-        entries = [entry.strip() for entry in given.split(",")]
-        # CUDA takes those before the first that is none, which is how -1 hides all
-        ends = (n for n, entry in enumerate(entries) if not re.match(r"\d|GPU-|MIG-", entry))
-        return entries[: next(ends, len(entries))]
-    try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return []
-    gpus: list[str] = []
-    for uuid in re.findall(r"UUID: ((?:GPU|MIG)-[^)\s]+)", listed.stdout):
-        # the slices of a GPU follow it, and are used in its place
-        if uuid.startswith("MIG-") and gpus and gpus[-1].startswith("GPU-"):
-            gpus.pop()
-        gpus.append(uuid)
-    return gpus
-
-
-def _gpu(device: str) -> str | None:
-    """The UUID of the GPU that a worker's tasks would take."""
-    if device == "cpu":
-        return None
-    import torch
-
-    if not torch.cuda.is_available():
-        if device == "auto":
-            return None
-        raise ClusterError(
-            f"torch {torch.__version__} sees no CUDA device there (--device {device})"
-        )
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    if visible.startswith("MIG-"):  # slices may have the UUID of their GPU
-        return visible
-    number = int(device.partition(":")[2] or 0)
-    return str(torch.cuda.get_device_properties(number).uuid)
 
 
 def _scheduler(address: str) -> str:

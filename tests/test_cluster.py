@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import os
 import signal
-import subprocess
 import threading
 import time
 from pathlib import Path
@@ -73,41 +72,6 @@ def test_more_workers_than_gpus_are_refused(monkeypatch):
     several = r"3 workers for 2 GPUs \(0, 1\): .* ask for 2 or fewer"
     with pytest.raises(ClusterError, match=several), cluster.local_workers(3):
         pass
-
-
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        ("", []),
-        ("-1", []),
-        ("NoDevFiles", []),
-        ("2, 0", ["2", "0"]),
-        ("0,-1,1", ["0"]),
-        ("GPU-8932f937,MIG-1", ["GPU-8932f937", "MIG-1"]),
-    ],
-)
-def test_gpus_are_those_of_cuda_visible_devices(monkeypatch, given, expected):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
-    assert cluster.visible_gpus() == expected
-
-
-def test_without_it_they_are_what_the_driver_lists(monkeypatch):
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    listed = (
-        "GPU 0: NVIDIA A100 (UUID: GPU-aaa-1)\n"
-        "  MIG 3g.20gb     Device  0: (UUID: MIG-bbb-1)\n"
-        "  MIG 3g.20gb     Device  1: (UUID: MIG-bbb-2)\n"
-        "GPU 1: NVIDIA A100 (UUID: GPU-aaa-2)\n"
-    )
-    ran = subprocess.CompletedProcess([], 0, stdout=listed)
-    monkeypatch.setattr(subprocess, "run", lambda *words, **options: ran)
-    assert cluster.visible_gpus() == ["MIG-bbb-1", "MIG-bbb-2", "GPU-aaa-2"]
-
-    def absent(*words, **options):
-        raise FileNotFoundError(words[0])
-
-    monkeypatch.setattr(subprocess, "run", absent)
-    assert cluster.visible_gpus() == []
 
 
 def on_gpu(gpu, port):

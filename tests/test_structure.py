@@ -24,6 +24,7 @@ FOUNDATION = {
     "allocator",
     "cluster",
     "errors",
+    "gpus",
     "config",
     "imaging",
     "pixels",

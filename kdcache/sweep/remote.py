@@ -17,11 +17,10 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from distributed import Client, Future, KilledWorker, wait
 
-from kdcache.allocator import keep_freed_memory
 from kdcache.cache.reader import Cache
 from kdcache.cluster import (
     WorkerDevice,
@@ -39,7 +38,9 @@ from kdcache.cluster import (
 )
 from kdcache.errors import CacheError, ClusterError
 from kdcache.stop import StopRequest
-from kdcache.sweep.workers import Ended, Task, trained
+
+if TYPE_CHECKING:
+    from kdcache.sweep.workers import Ended, Task
 
 log = logging.getLogger(__name__)
 
@@ -237,6 +238,11 @@ def _epochs(out: Path) -> int:
 
 def train(task: Task, device: str, token: str) -> Ended:
     """What a worker does: a task's runs, until they end, it is asked to stop, or nobody wants them."""
+    import torch  # here: before its first task a worker is looked at, which need not take long
+
+    from kdcache.allocator import keep_freed_memory
+    from kdcache.sweep.workers import trained
+
     stop, over, wanted = StopRequest(), threading.Event(), still_wanted()
 
     def watch() -> None:
