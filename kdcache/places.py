@@ -289,8 +289,8 @@ def picture_of(cache: Place, ending: str) -> Path:
 
 
 def absolute(path: Place) -> Place:
-    """The same place, however it was named."""
-    return path if isinstance(path, Url) else path.resolve()
+    """The same place for a process in another folder."""
+    return path if isinstance(path, Url) else path.absolute()
 
 
 def is_file(path: Place) -> bool:

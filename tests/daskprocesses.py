@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ from pathlib import Path
 
 
 @contextlib.contextmanager
-def started(*words: object) -> Iterator[subprocess.Popen]:
+def started(*words: object, **environment: str) -> Iterator[subprocess.Popen]:
     """A `dask` command that can import kdcache and the tests; its own lines are dropped."""
     tests = Path(__file__).parent
     paths = [str(tests.parent), str(tests), os.environ.get("PYTHONPATH", "")]
@@ -21,7 +22,7 @@ def started(*words: object) -> Iterator[subprocess.Popen]:
         [sys.executable, "-m", "dask", *map(str, words)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        env=os.environ | environment | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
     )
     try:
         yield process
@@ -49,7 +50,19 @@ def scheduler(folder: Path) -> Iterator[str]:
         raise TimeoutError("no scheduler")
 
 
-def worker(address: str, folder: Path, *words: object) -> contextlib.AbstractContextManager:
-    """A worker of that scheduler, with a nanny unless --no-nanny says otherwise."""
+def worker(
+    address: str, folder: Path, *words: object, **environment: str
+) -> contextlib.AbstractContextManager:
+    """A worker of that scheduler and its nanny; it may take two tasks at once."""
     own = ("--host", "127.0.0.1", "--no-dashboard", "--local-directory", folder)
-    return started("worker", address, *own, "--nthreads", 2, *words)
+    return started("worker", address, *own, "--nthreads", 2, *words, **environment)
+
+
+def dies(*arguments: object) -> None:
+    """A task that kills its worker."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def blind(*arguments: object) -> str:
+    """What a worker says that sees nothing."""
+    return "it does not see the folder"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import os
 import signal
-import subprocess
 import threading
 import time
 from pathlib import Path
@@ -37,10 +36,6 @@ def never_ends(flag):
     while wanted():
         time.sleep(0.05)
     Path(flag).unlink()
-
-
-def dies():
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def waited_for(condition, timeout_s=30):
@@ -77,41 +72,6 @@ def test_more_workers_than_gpus_are_refused(monkeypatch):
     several = r"3 workers for 2 GPUs \(0, 1\): .* ask for 2 or fewer"
     with pytest.raises(ClusterError, match=several), cluster.local_workers(3):
         pass
-
-
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        ("", []),
-        ("-1", []),
-        ("NoDevFiles", []),
-        ("2, 0", ["2", "0"]),
-        ("0,-1,1", ["0"]),
-        ("GPU-8932f937,MIG-1", ["GPU-8932f937", "MIG-1"]),
-    ],
-)
-def test_gpus_are_those_of_cuda_visible_devices(monkeypatch, given, expected):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
-    assert cluster.visible_gpus() == expected
-
-
-def test_without_it_they_are_what_the_driver_lists(monkeypatch):
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    listed = (
-        "GPU 0: NVIDIA A100 (UUID: GPU-aaa-1)\n"
-        "  MIG 3g.20gb     Device  0: (UUID: MIG-bbb-1)\n"
-        "  MIG 3g.20gb     Device  1: (UUID: MIG-bbb-2)\n"
-        "GPU 1: NVIDIA A100 (UUID: GPU-aaa-2)\n"
-    )
-    ran = subprocess.CompletedProcess([], 0, stdout=listed)
-    monkeypatch.setattr(subprocess, "run", lambda *words, **options: ran)
-    assert cluster.visible_gpus() == ["MIG-bbb-1", "MIG-bbb-2", "GPU-aaa-2"]
-
-    def absent(*words, **options):
-        raise FileNotFoundError(words[0])
-
-    monkeypatch.setattr(subprocess, "run", absent)
-    assert cluster.visible_gpus() == []
 
 
 def on_gpu(gpu, port):
@@ -206,7 +166,7 @@ def test_a_worker_that_dies_again_and_again_is_one_error(one_worker):
         (before,) = client.run(process_id).values()
         died = pytest.raises(ClusterError, match="4 workers died one after the other")
         with died, cluster.told_plainly():
-            client.submit(dies, pure=False).result(timeout=60)
+            client.submit(daskprocesses.dies, pure=False).result(timeout=60)
         client.wait_for_workers(1, timeout=30)
         (after,) = client.run(process_id).values()
     assert before != after
@@ -229,13 +189,16 @@ def test_without_workers_it_is_said_and_waited_for(tmp_path, monkeypatch, caplog
         late.__exit__(None, None, None)
 
 
-def test_a_lost_scheduler_is_one_error(tmp_path):
+def test_a_lost_scheduler_is_one_error_and_its_tasks_end(tmp_path):
+    flag = tmp_path / "runs"
     with (
         daskprocesses.scheduler(tmp_path) as address,
         daskprocesses.worker(address, tmp_path),
         cluster.connected(address) as client,
     ):
-        future = client.submit(time.sleep, 60)
+        future = client.submit(never_ends, str(flag))
+        waited_for(flag.exists)
         os.kill(client.run_on_scheduler(process_id), signal.SIGKILL)
         with pytest.raises(ClusterError, match="scheduler is lost"), cluster.told_plainly():
             future.result(timeout=60)
+        waited_for(lambda: not flag.exists())

@@ -97,6 +97,7 @@ def train(
         "kdcache sweep coco.zarr --out sweeps/weights --epochs 20 \\",
         "    --grid feature_weight=0,0.5,1 --grid temperature=1,3 --grid seed=0,1",
         "kdcache sweep coco.zarr --out sweeps/lr --random 12 --grid learning_rate=1e-5..1e-3:log",
+        "kdcache sweep coco.zarr --out sweeps/seeds --grid seed=0,1,2 --dask tcp://10.0.0.1:8786",
     )
 )
 @cache_argument
@@ -109,7 +110,12 @@ def train(
     help="Values of a setting; each with all of the others'. Also KEY=LOW..HIGH[:log].",
 )
 @option("--random", type=click.IntRange(1), metavar="N", help="N random draws, not all.")
-@option("--jobs", type=click.IntRange(1), help="Processes (one a GPU, else one).")
+@option(
+    "--jobs",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Processes (one a GPU, else one), or workers of --dask that are used (all).",
+)
 @option(
     "--together",
     type=click.IntRange(1),
@@ -117,6 +123,12 @@ def train(
     show_default=True,
     metavar="K",
     help="Runs of one process that share each batch.",
+)
+@option(
+    "--dask",
+    metavar="ADDRESS|FILE",
+    help="Train on the workers of this dask scheduler (or scheduler file), one at a time on each; cache "
+    "and --out lie where all see them.",
 )
 @train_options
 @config_options
@@ -129,6 +141,7 @@ def sweep(
     random: int | None,
     jobs: int | None,
     together: int,
+    dask: str | None,
     device: str,
     config: str | None,
     assignments: tuple[str, ...],
@@ -165,6 +178,7 @@ def sweep(
         device=device,
         jobs=jobs,
         together=together,
+        dask=dask,
         progress=True,
     )
     if as_json:

@@ -31,7 +31,7 @@ from kdcache.errors import (
     device_memory,
 )
 from kdcache.onnx_session import Device
-from kdcache.places import Place, absolute, picture_of
+from kdcache.places import Place, Url, picture_of
 from kdcache.precompute.check import LOOKED_AT, first_look, say
 from kdcache.precompute.dataset import Dataset
 from kdcache.precompute.job import (
@@ -221,7 +221,8 @@ def _refuse_if_overtaken(job: Job, writer: CacheWriter, out: Place) -> None:
 
 def _key(dataset: Dataset, split: str) -> str:
     """Stands for a dataset in the cache's remarks, without telling where it lies."""
-    return hashlib.sha256(f"{split}: {absolute(dataset.images)}".encode()).hexdigest()[:16]
+    images = dataset.images if isinstance(dataset.images, Url) else dataset.images.resolve()
+    return hashlib.sha256(f"{split}: {images}".encode()).hexdigest()[:16]
 
 
 def _look(first: Sequence[Prepared], job: Job, out: Place, progress: bool) -> None:

@@ -26,13 +26,13 @@ from kdcache.cache.reader import Cache
 from kdcache.config import TrainConfig, validated
 from kdcache.durable import lock, write_atomic
 from kdcache.errors import ConfigError, RunError
-from kdcache.places import Place, place_of
+from kdcache.places import Place, absolute, place_of
 from kdcache.stop import StopRequest
 from kdcache.sweep.grid import Axes, Range, combinations, run_name
 from kdcache.sweep.live import Live
 from kdcache.sweep.page import sweep_page
 from kdcache.sweep.runs import SweepRun, read_run, runs_csv
-from kdcache.sweep.workers import Crew, Task, ready
+from kdcache.sweep.workers import Crew, Processes, Task, is_begun
 from kdcache.train.prepare import Start, find_target
 from kdcache.train.run_folder import check_cache
 from kdcache.train.student import build_student, resolve_device
@@ -103,18 +103,21 @@ def sweep(
     device: str = "auto",
     jobs: int | None = None,
     together: int = 1,
+    dask: str | None = None,
     progress: bool = False,
 ) -> SweepReport:
     """Train every combination of the axes' values, or `random` draws of them, in `out`.
 
     Finished runs are kept, a stopped one goes on, failed ones are tried again; a larger grid adds
     to a smaller one. All see the rows that the cache had when the sweep began. `jobs` processes
-    train at the same time (one a GPU, else one), each `together` runs on the same batches. SIGINT and
+    train at the same time (one a GPU, else one), each `together` runs on the same batches; with
+    `dask` the workers of that cluster, `jobs` of them at most, each on its `device`. SIGINT and
     SIGTERM let them save, raising KeyboardInterrupt. A run's failure does not stop the others.
     Raises KdcacheError before anything runs when the sweep cannot be what it was.
     """
     started = time.monotonic()
-    devices = _devices(device, jobs)
+    if dask is not None:  # its workers have folders of their own to work in
+        cache_path, out = absolute(cache_path), out.absolute()
     if isinstance(cache_path, Path) and out.resolve().is_relative_to(cache_path.resolve()):
         raise RunError(f"--out {out} is inside the cache {cache_path}; choose another")
     cache = Cache(cache_path)
@@ -122,16 +125,17 @@ def sweep(
     with _claimed(out):
         plan = _open(out, cache, axes, base, asked)
         todo = [run.name for run in plan.runs() if run.state != "done"]
-        _check(cache, [plan.config(name) for name in todo if not _is_begun(plan.path(name))])
+        _check(cache, [plan.config(name) for name in todo if not is_begun(plan.path(name))])
         plan.errors = {name: why for name, why in plan.errors.items() if name not in todo}
         plan.save()
         runs = {run.name: run for run in plan.runs()}
+        waiting = _grouped(plan, todo, together)
         with (
+            _crew(plan, waiting, device, jobs, dask) as crew,
             StopRequest().listening() as stop,
             Live(list(runs.values()), shown=progress) as live,
         ):
-            crew = Crew(devices, together, -(-len(todo) // together))
-            _train_all(plan, runs, todo, crew, stop, live)
+            _train_all(plan, runs, waiting, crew, stop, live)
         _write(plan, runs, page=True)
     if stop.asked:
         raise KeyboardInterrupt
@@ -143,6 +147,30 @@ def sweep(
         axes=list(plan.axes),
         seconds=time.monotonic() - started,
     )
+
+
+@contextlib.contextmanager
+def _crew(
+    plan: _Sweep, groups: Sequence[Sequence[str]], device: str, jobs: int | None, dask: str | None
+) -> Iterator[Crew]:
+    """Who trains: processes here, or a cluster's workers, where there is something to do for them."""
+    if dask is None or not groups:
+        crew: Crew = Processes(_devices(device, jobs), len(groups))
+        yield crew
+        return
+    from kdcache.sweep.remote import cluster_crew
+
+    configs = [plan.config(name) for names in groups for name in names]
+    weights = {config.encoder_weights for config in configs}
+    with cluster_crew(
+        dask,
+        Cache(plan.cache, shards=plan.shards),
+        plan.out,
+        device=device,
+        jobs=jobs,
+        files=sorted(weights - {"imagenet", "random"}),
+    ) as crew:
+        yield crew
 
 
 def _devices(device: str, jobs: int | None) -> list[str]:
@@ -267,41 +295,44 @@ def _check(cache: Cache, configs: Sequence[TrainConfig]) -> None:
 def _train_all(
     plan: _Sweep,
     runs: dict[str, SweepRun],
-    todo: Sequence[str],
+    waiting: list[list[str]],
     crew: Crew,
     stop: StopRequest,
     live: Live,
 ) -> None:
-    """Give out the runs until all have ended, and keep `runs` up to date."""
-    waiting = _grouped(plan, todo, crew.together)
+    """Give out the groups that wait until all have ended, and keep `runs` up to date."""
     drawn, stopping, told = time.monotonic(), False, False
     try:
-        while waiting or crew.busy:
+        while waiting or crew.tasks:
             if stop.asked and not stopping:
                 stopping = True
                 waiting.clear()
                 crew.stop()
             while crew.has_room and (names := _next_free(plan, waiting)):
                 crew.give(_task(plan, names))
-            if waiting and not crew.busy and not told:
+            if waiting and crew.has_room and not crew.tasks and not told:
                 told = True
                 log.warning(
                     "%s: another process is training there; waiting for it",
                     plan.path(waiting[0][0]),
                 )
-            for worker in ready(crew.busy, _POLL_S):
-                ended = worker.result()
+            for ended in crew.ready(_POLL_S):
                 for path, error in ended.items():
                     if error and not stopping:
                         plan.errors[path.name] = error
                     runs[path.name] = run = plan.run(path.name)
                     if run.state == "failed":
                         log.warning("%s failed: %s", run.name, run.error)
+                # stopped, and not by us: whoever trained them was lost, or is needed elsewhere
+                lost = [p.name for p, error in ended.items() if error == ""]
+                lost = [name for name in lost if runs[name].state != "done"]
+                if lost and not stopping:
+                    waiting.insert(0, lost)
                 plan.save()
                 late = time.monotonic() - drawn > _PAGE_EVERY_S
                 _write(plan, runs, page=late)
                 drawn = time.monotonic() if late else drawn
-            training = [s.out.name for w in crew.busy if w.task for s in w.task.starts]
+            training = [start.out.name for task in crew.tasks for start in task.starts]
             runs |= {name: plan.run(name) for name in training}
             live.show(list(runs.values()), training)
     finally:
@@ -337,16 +368,11 @@ def _task(plan: _Sweep, names: Sequence[str]) -> Task:
         Start(
             out=plan.path(name),
             config=plan.config(name),
-            resume=_is_begun(plan.path(name)),
             shards=plan.shards,
         )
         for name in names
     ]
     return Task(cache=plan.cache, starts=starts, log=plan.out / "logs" / f"{names[0]}.log")
-
-
-def _is_begun(run: Path) -> bool:
-    return (run / "run.json").exists()
 
 
 def _is_free(run: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Processes that train runs for a sweep: one dies, the sweep lives; the sweep dies, they stop."""
+"""Who trains a sweep's runs: processes here. One dies, the sweep lives; the sweep dies, they stop."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ import queue
 import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
 from kdcache.errors import KdcacheError
 from kdcache.places import Place
+from kdcache.stop import StopRequest
 from kdcache.train.prepare import Start
 
 # CUDA and threads do not survive a fork.
@@ -32,6 +34,34 @@ class Task:
     cache: Place
     starts: Sequence[Start]
     log: Path  # a file that what is said of them is added to
+
+
+# What became of a task's runs: None of a finished one, "" of a stopped one, or the error.
+Ended = Mapping[Path, str | None]
+
+
+class Crew(Protocol):
+    """Whoever trains a sweep's tasks."""
+
+    @property
+    def tasks(self) -> Sequence[Task]:
+        """Those that were given and have not ended."""
+
+    @property
+    def has_room(self) -> bool:
+        """Whether one more can be given now."""
+
+    def give(self, task: Task) -> None:
+        """Let somebody who is free train it."""
+
+    def ready(self, timeout_s: float) -> Sequence[Ended]:
+        """What has ended within the time; waits for no more than the first."""
+
+    def stop(self) -> None:
+        """Ask all to save and stop; `ready` tells when they have."""
+
+    def close(self) -> None:
+        """Part with them: who still trains saves and stops."""
 
 
 class Worker:
@@ -52,16 +82,13 @@ class Worker:
         self.task = task
         self._pipe.send(task)
 
-    def result(self) -> Mapping[Path, str | None]:
-        """What became of the task's runs: None of a finished one, '' of a stopped one, or the error.
-
-        To be called when `ready` names this worker.
-        """
+    def result(self) -> Ended:
+        """What became of the task's runs; to be called when the pipe has it."""
         assert self.task is not None
         outs = [start.out for start in self.task.starts]
         self.task = None
         try:
-            found: Mapping[Path, str | None] = self._pipe.recv()
+            found: Ended = self._pipe.recv()
         except (EOFError, OSError):
             self._process.join()
             return dict.fromkeys(outs, _death(self._process.exitcode or 0))
@@ -84,23 +111,28 @@ class Worker:
         self._pipe.close()
 
 
-class Crew:
-    """The processes, and how many runs each takes at once."""
+class Processes:
+    """A crew of processes on this machine, one for each of the devices named."""
 
-    def __init__(self, devices: Sequence[str], together: int, tasks: int) -> None:
+    def __init__(self, devices: Sequence[str], tasks: int) -> None:
         self._devices = devices[: max(1, min(len(devices), tasks))]
-        self.together = together
         on_cpu = devices[0] == "cpu"
         self._threads = max(1, torch.get_num_threads() // len(self._devices)) if on_cpu else None
         self._workers: list[Worker | None] = [None] * len(self._devices)
 
     @property
-    def busy(self) -> list[Worker]:
+    def _busy(self) -> list[Worker]:
         return [worker for worker in self._workers if worker is not None and worker.task]
 
     @property
+    def tasks(self) -> list[Task]:
+        """Those that processes train."""
+        return [worker.task for worker in self._busy if worker.task]
+
+    @property
     def has_room(self) -> bool:
-        return len(self.busy) < len(self._workers)
+        """Whether a process is without a task."""
+        return len(self._busy) < len(self._workers)
 
     def give(self, task: Task) -> None:
         """To a process without a task, started when it is needed."""
@@ -112,13 +144,21 @@ class Crew:
             able.give(task)
             return
 
+    def ready(self, timeout_s: float) -> list[Ended]:
+        """Of those that finished their task, or died, within the time."""
+        by_pipe: dict[Connection, Worker] = {worker._pipe: worker for worker in self._busy}
+        pipes = wait(list(by_pipe), timeout_s)
+        return [by_pipe[pipe].result() for pipe in pipes if isinstance(pipe, Connection)]
+
     def stop(self) -> None:
+        """Each saves, and stops."""
         for worker in self._workers:
             if worker is not None:
                 worker.stop()
 
     def close(self) -> None:
-        for worker in self.busy:  # an error of ours: nobody would fetch its result
+        """End the processes, and wait for that."""
+        for worker in self._busy:  # an error of ours: nobody would fetch its result
             worker.stop()
         for one in self._workers:
             if one is not None:
@@ -135,14 +175,6 @@ def _interrupts_ignored() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def ready(workers: Sequence[Worker], timeout_s: float) -> list[Worker]:
-    """Those that have finished their task, or died, within the time."""
-    by_pipe: dict[Connection, Worker] = {w._pipe: w for w in workers if w.task is not None}
-    return [
-        by_pipe[pipe] for pipe in wait(list(by_pipe), timeout_s) if isinstance(pipe, Connection)
-    ]
 
 
 def _death(exitcode: int) -> str:
@@ -164,7 +196,7 @@ def _work(pipe: Connection, device: str, threads: int | None) -> None:
     tasks: queue.Queue[Task | None] = queue.Queue()
     threading.Thread(target=_listen, args=(pipe, tasks), daemon=True).start()
     while (task := tasks.get()) is not None:
-        result = _trained(task, device)
+        result = trained(task, device)
         try:
             pipe.send(result)
         except OSError:  # nobody is there any more
@@ -185,13 +217,16 @@ def _listen(pipe: Connection, tasks: queue.Queue[Task | None]) -> None:
             return
 
 
-def _trained(task: Task, device: str) -> dict[Path, str | None]:
+def trained(task: Task, device: str, stop: StopRequest | None = None) -> Ended:
+    """Train a task's runs in this process, each from where it is."""
     from kdcache.train.together import train_together
 
     outs = [start.out for start in task.starts]
+    # asked now: it may have been begun by a worker that was lost
+    starts = [replace(start, resume=is_begun(start.out)) for start in task.starts]
     with _logging_to(task.log) as log:
         try:
-            found = train_together(task.cache, task.starts, device=device)
+            found = train_together(task.cache, starts, device=device, stop=stop)
         except KeyboardInterrupt:
             return dict.fromkeys(outs, "")
         except KdcacheError as error:
@@ -201,6 +236,11 @@ def _trained(task: Task, device: str) -> dict[Path, str | None]:
             first = (str(error).splitlines() or [""])[0]
             return dict.fromkeys(outs, f"{type(error).__name__}: {first} (all of it in {task.log})")
     return {out: str(r) if isinstance(r, KdcacheError) else None for out, r in found.items()}
+
+
+def is_begun(run: Path) -> bool:
+    """Whether there is something to resume."""
+    return (run / "run.json").exists()
 
 
 @contextlib.contextmanager

@@ -40,17 +40,21 @@ def shared_settings(config: TrainConfig) -> tuple[object, ...]:
 
 
 def train_together(
-    cache_path: Place, starts: Sequence[Start], *, device: str = "auto"
+    cache_path: Place,
+    starts: Sequence[Start],
+    *,
+    device: str = "auto",
+    stop: StopRequest | None = None,
 ) -> dict[Path, TrainReport | KdcacheError]:
     """Train several runs on the same batches: each ends bit for bit as it would by itself.
 
     Gives each run's report, or the error that ended it while the others went on. Runs that were
     stopped at different steps train one after the other. Raises RunError for runs whose
-    `shared_settings` differ, KeyboardInterrupt as `train` does.
+    `shared_settings` differ, KeyboardInterrupt as `train` does, or once it is asked for in `stop`.
     """
     if len({shared_settings(start.config) for start in starts}) > 1:
         raise RunError(f"runs that train together need the same {', '.join(SHARED)}")
-    on, started, stop = resolve_device(device), time.monotonic(), StopRequest()
+    on, started, stop = resolve_device(device), time.monotonic(), stop or StopRequest()
     found: dict[Path, TrainReport | KdcacheError] = {}
     with contextlib.ExitStack() as stack:
         stack.enter_context(only_deterministic(starts[0].config.deterministic))

@@ -193,15 +193,15 @@ def test_a_failure_is_recorded_and_the_rest_goes_on(cache, tmp_path):
 
 def test_a_killed_process_is_one_failed_run(cache, tmp_path, monkeypatch):
     """As the kernel does when memory runs out."""
-    ready, killed = workers.ready, []
+    ready, killed = workers.Processes.ready, []
 
-    def kill_the_first(busy, timeout_s):
-        if not killed and busy and lines_written(tmp_path / "s"):
-            killed.append(busy[0])
-            os.kill(busy[0]._process.pid, signal.SIGKILL)
-        return ready(busy, 0.05)
+    def kill_the_first(crew, timeout_s):
+        if not killed and crew.tasks and lines_written(tmp_path / "s"):
+            killed.append(crew._busy[0])
+            os.kill(killed[0]._process.pid, signal.SIGKILL)
+        return ready(crew, 0.05)
 
-    monkeypatch.setattr("kdcache.sweep.sweep.ready", kill_the_first)
+    monkeypatch.setattr(workers.Processes, "ready", kill_the_first)
     base = BASE.model_copy(update={"epochs": 4})
     report = sweep(cache.path, tmp_path / "s", {"kl_weight": [0.5, 1]}, base, device="cpu")
     assert [run.state for run in report.runs] == ["failed", "done"]
@@ -299,7 +299,7 @@ def test_no_more_processes_than_tasks(monkeypatch):
     monkeypatch.setattr(
         workers, "Worker", lambda *a: made.append(a) or pytest.fail("started early")
     )
-    crew = workers.Crew(["cpu"] * 6, 1, tasks=2)
+    crew = workers.Processes(["cpu"] * 6, tasks=2)
     assert crew.has_room
     assert len(crew._workers) == 2
     assert made == []
