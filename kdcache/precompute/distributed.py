@@ -127,6 +127,8 @@ def extract_on(  # noqa: PLR0913 - those of `extract`, and where
     worker does not see them, or would compute otherwise than another.
     """
     started = time.monotonic()
+    if str(out).startswith("memory://"):
+        raise ClusterError(f"{out} is the memory of one process; the workers are others")
     tally, stages = Tally(strict), Stages(workers)
     found = survey(config, dataset, out, split=split, limit=limit, tally=tally)
     work = _Work(
