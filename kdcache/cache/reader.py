@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,9 +90,7 @@ class Cache:
                 )
         self.commits: list[Commit] = commits
         self.keys: list[RowKey] = [key for commit in commits for key in commit.keys]
-        self._places = [
-            (c, slot) for c, commit in enumerate(commits) for slot in range(len(commit.keys))
-        ]
+        self._starts = list(accumulate((len(commit.keys) for commit in commits), initial=0))
         self.specs = {spec.path: spec for spec in self.manifest.arrays()}
         self._shards: dict[tuple[int, str], _Shard] = {}
 
@@ -147,7 +147,7 @@ class Cache:
 
         `out` is C-contiguous and of the array's stored form. Raises as `read` does.
         """
-        place, slot = self._places[index]
+        place, slot = self._place(index)
         commit = self.commits[place]
         path = self._path_of(place, array)
         try:
@@ -176,10 +176,17 @@ class Cache:
 
     def locate(self, index: int, array: str) -> tuple[str, int, int]:
         """The file, offset and length of the bytes that hold one row of an array."""
-        place, slot = self._places[index]
+        place, slot = self._place(index)
         size_bytes = self.commits[place].objects[array].size_bytes
         found = chunk_range(self._shard(place, array).index, slot, size_bytes)
         return self._path_of(place, array), *found
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """The number of a row's commit record and its slot in it."""
+        index = range(len(self.keys))[index]
+        # the last that starts there or before: a record without rows starts where the next does
+        place = bisect_right(self._starts, index, hi=len(self.commits)) - 1
+        return place, index - self._starts[place]
 
     def _path_of(self, place: int, array: str) -> str:
         # as text: made for every read, and pathlib takes as long as the read of a small array
