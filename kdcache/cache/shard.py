@@ -195,6 +195,16 @@ def read_index(path: str, slots: int, size_bytes: int) -> NDArray[np.uint64]:
     return decode_index(tail, slots)
 
 
+def read_chunks(path: str, slots: int, size_bytes: int, rows: int) -> list[Chunk]:
+    """The chunks of a shard file's first rows; the file, of that committed size, is read as a whole."""
+    data = Path(path).read_bytes()
+    if len(data) != size_bytes:
+        raise DamagedError(f"file has {len(data)} bytes, {size_bytes} were committed")
+    index = decode_index(data[-index_bytes(slots) :], slots)
+    ranges = [chunk_range(index, slot, size_bytes) for slot in range(rows)]
+    return [chunk_of(data[offset : offset + length]) for offset, length in ranges]
+
+
 def read_chunk(
     path: str,
     offset: int,

@@ -85,7 +85,8 @@ def _known(out: Path) -> dict[RowKey, Digests]:
     if not out.exists():
         return {}
     found = Cache(out)
-    return {key: Digests.of(row.details) for key, row in zip(found.keys, found, strict=True)}
+    described = zip(found.keys, found.all_details(), strict=True)
+    return {key: Digests.of(details) for key, details in described}
 
 
 def _planned(
