@@ -97,7 +97,9 @@ def test_bad_photos_are_skipped_by_name_wherever_they_are(client, standins, tmp_
         extract_on(client, config, dataset, tmp_path / "s.zarr", device="cpu", strict=True)
     for name in names:
         (images / name).write_bytes(b"no image")
-    with pytest.raises(DatasetError, match=r"none of the 10 images can be used \(.*cannot be decoded"):
+    with pytest.raises(
+        DatasetError, match=r"none of the 10 images can be used \(.*cannot be decoded"
+    ):
         extract_on(client, config, dataset, tmp_path / "n.zarr", device="cpu")
     assert not (tmp_path / "n.zarr").exists()
 
