@@ -99,7 +99,7 @@ def make_caches(realdata: Path, work: Path) -> None:
     for sample in samples[LABELLED:]:
         link = rest / sample.sample_id
         if not link.exists():
-            link.symlink_to(sample.image_path.resolve())
+            link.symlink_to(Path(str(sample.image_path)).resolve())
     few = work / "few.zarr"
     labelled = Dataset(images=people("train").images, samples=samples[:LABELLED])
     extract(extraction, labelled, few, device="cpu", progress=True)

@@ -120,7 +120,9 @@ def readers(folder: Path, source: Cache, rows: Sequence[int], skipped: list[str]
 def ours(cache: Cache, arrays: Sequence[str], threads: int = 1) -> Reader:
     compressed = cache.manifest.compression == "zstd"
     name = "kdcache" if threads == 1 else f"kdcache, {threads} threads"
-    return Reader(name, compressed, cache.path, lambda g: read_stored(cache, g, arrays, threads))
+    return Reader(
+        name, compressed, Path(str(cache.path)), lambda g: read_stored(cache, g, arrays, threads)
+    )
 
 
 def floor(cache: Cache, arrays: Sequence[str]) -> Reader:
@@ -130,7 +132,7 @@ def floor(cache: Cache, arrays: Sequence[str]) -> Reader:
 
     compressed = cache.manifest.compression == "zstd"
     name = "floor: pread and decompress" if compressed else "floor: pread"
-    return Reader(name, compressed, cache.path, epoch)
+    return Reader(name, compressed, Path(str(cache.path)), epoch)
 
 
 def by_zarr(cache: Cache, arrays: Sequence[str]) -> Reader:
@@ -139,7 +141,7 @@ def by_zarr(cache: Cache, arrays: Sequence[str]) -> Reader:
     def row(number: int) -> Row:
         return {path: np.asarray(array[number]) for path, array in group.items()}
 
-    return Reader("zarr-python", True, cache.path, lambda groups: gathered(groups, row))
+    return Reader("zarr-python", True, Path(str(cache.path)), lambda groups: gathered(groups, row))
 
 
 def hdf5(folder: Path, cache: Cache, count: int, compressed: bool) -> Reader:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -17,10 +16,11 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from kdcache.cache.reader import Cache
+    from kdcache.places import Place
 
 
-def open(path: str | Path) -> Cache:
-    """Open a cache read-only; needs neither torch nor ONNX Runtime.
+def open(path: str | Place) -> Cache:
+    """Open a cache, at a path or URL, read-only; needs neither torch nor ONNX Runtime.
 
     Raises CacheError when there is no cache at `path`, it is damaged, or its format is newer.
     """

@@ -19,6 +19,7 @@ from kdcache.cache.shard import CRC_BYTES, decompress
 from kdcache.config import TrainConfig
 from kdcache.costs import Cost, costs
 from kdcache.errors import CacheError
+from kdcache.places import Place, Url
 from kdcache.train.loader import (
     Batch,
     Tally,
@@ -49,7 +50,7 @@ _DECODINGS = 3
 class BenchReport:
     """Rates of this machine; medians over rounds in which the floor and the loader alternate."""
 
-    cache: Path
+    cache: Place
     device: str
     workers: int
     rows: int  # of a round
@@ -177,28 +178,33 @@ def read_floor(
     batch of real rows fits.
     """
     descriptors: dict[str, int] = {}
-    places = []
+    places: list[tuple[int | Url, int, int, str]] = []
     for row in rows:
         for array in arrays:
             path, offset, length = cache.locate(row, array)
+            if isinstance(path, Url):
+                places.append((path, offset, length - CRC_BYTES, array))
+                continue
             if path not in descriptors:
                 descriptors[path] = os.open(path, os.O_RDONLY)
             places.append((descriptors[path], offset, length - CRC_BYTES, array))
     largest = max(length for _, _, length, _ in places)
     compression = cache.manifest.compression
 
-    def read(some: Sequence[tuple[int, int, int, str]]) -> None:
+    def read(some: Sequence[tuple[int | Url, int, int, str]]) -> None:
         stored = np.empty(largest, np.uint8)
         batch = {
             array: np.empty((batch_size, cache.specs[array].stored.size_bytes), np.uint8)
             for array in arrays
         }
-        for number, (descriptor, offset, length, array) in enumerate(some):
+        for number, (source, offset, length, array) in enumerate(some):
             out = batch[array][number // len(arrays) % batch_size]
-            if compression == "none":
-                os.preadv(descriptor, [out.data], offset)
+            into = out if compression == "none" else stored[:length]
+            if isinstance(source, Url):
+                into[:] = np.frombuffer(source.read_range(offset, length), np.uint8)
             else:
-                os.preadv(descriptor, [stored[:length].data], offset)
+                os.preadv(source, [into.data], offset)
+            if compression != "none":
                 decompress(stored[:length], compression, out)
 
     try:

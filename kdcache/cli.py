@@ -10,7 +10,7 @@ import click
 
 from kdcache import __version__
 from kdcache.allocator import keep_freed_memory
-from kdcache.commands import frozen, students
+from kdcache.commands import frozen, machine, students
 from kdcache.errors import KdcacheError
 from kdcache.options import EXIT_FAILED, example, leads
 from kdcache.stop import interrupted_by_sigterm
@@ -79,5 +79,6 @@ for _command in (
     students.predict,
     students.export,
     students.bench,
+    machine.doctor,
 ):
     main.add_command(_command)

@@ -231,10 +231,13 @@ def sealed(function: Callable[..., Any], *arguments: Any) -> bytes:
     return pickle.dumps((function, arguments))
 
 
-def unsealed(call: bytes) -> Any:
-    """Do a sealed call: `client.submit(unsealed, sealed(function, …), pure=False)`."""
+def unsealed(call: bytes, *more: Any) -> Any:
+    """Do a sealed call: `client.submit(unsealed, sealed(function, …), pure=False)`.
+
+    `more` are arguments that dask is to fetch, such as futures of data it has scattered.
+    """
     function, arguments = pickle.loads(call)
-    return function(*arguments)
+    return function(*arguments, *more)
 
 
 async def answer(call: bytes) -> Any:

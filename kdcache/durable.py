@@ -9,13 +9,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from kdcache.places import Place, Url
+
 log = logging.getLogger(__name__)
 
 TEMPORARY_SUFFIX = ".kdtmp"
 
 
-def write_atomic(path: Path, data: bytes) -> None:
+def write_atomic(path: Place, data: bytes) -> None:
     """Write `data` to `path`; readers see the old content or the new, never a part."""
+    if isinstance(path, Url):
+        path.write_bytes(data)
+        return
     with replacing(path) as temporary:
         temporary.write_bytes(data)
 
@@ -50,8 +55,24 @@ def lock(folder: Path) -> int | None:
     return descriptor
 
 
-def fsync(path: Path) -> None:
-    """Flush a file, or a folder's entries, to the disk."""
+def is_locked(folder: Path) -> bool:
+    """Whether another process holds the folder's lock; False where the file system has none."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def fsync(path: Place) -> None:
+    """Flush a file, or a folder's entries, to the disk; what a URL has is there for good."""
+    if isinstance(path, Url):
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

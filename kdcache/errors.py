@@ -43,6 +43,10 @@ class FingerprintError(CacheError):
     """A cache was made by other models, preprocessing or precision than those asked for now."""
 
 
+class StorageError(KdcacheError):
+    """A store at a URL refuses, or cannot be reached, after retries."""
+
+
 class RunError(KdcacheError):
     """A run folder is missing, incomplete, or disagrees with what was asked for."""
 

@@ -6,16 +6,19 @@ import os
 import stat
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath
 from typing import NamedTuple
 
 from kdcache.errors import DatasetError, SampleError
 from kdcache.imaging import IMAGE_SUFFIXES, OTHER_IMAGE_SUFFIXES
+from kdcache.places import Place, Url
 
 
-def read_file(path: Path, what: str) -> bytes:
+def read_file(path: Place, what: str) -> bytes:
     """A regular file's bytes; a pipe or device would keep the reader waiting for ever."""
     try:
+        if isinstance(path, Url):
+            return path.read_bytes()
         if not stat.S_ISREG(path.stat().st_mode):
             raise SampleError(f"{what} is not a regular file ({path})")
         return path.read_bytes()
@@ -32,16 +35,15 @@ class Listing(NamedTuple):
     left_out: Counter[str]  # reason to number
 
 
-def listed(folder: Path, option: str, but: Path | None = None) -> Listing:
+def listed(folder: Place, option: str, but: Place | None = None) -> Listing:
     """The image files below a folder, but not in `but`; raises DatasetError when there is none."""
     if not folder.is_dir():
         raise DatasetError(f"{option} {folder}: no such folder")
     files: list[str] = []
     refused: dict[str, str] = {}
     left_out: Counter[str] = Counter()
-    for path, problem in _walk(folder, (), but):
-        name = path.relative_to(folder).as_posix()
-        why, is_other = (problem, False) if problem else unfit(path)
+    for name, problem in _below(folder, but):
+        why, is_other = (problem, False) if problem else unfit(PurePosixPath(name))
         if is_other:
             left_out[why] += 1
         elif why or printable(name) != name:
@@ -58,7 +60,7 @@ def listed(folder: Path, option: str, but: Path | None = None) -> Listing:
     return Listing(sorted(files), refused, left_out)
 
 
-def unfit(path: Path) -> tuple[str, bool]:
+def unfit(path: PurePath) -> tuple[str, bool]:
     """Why a file is no photo, by its suffix, or nothing; and whether it was never meant as one."""
     suffix = path.suffix.lower()
     if suffix in OTHER_IMAGE_SUFFIXES:
@@ -67,6 +69,19 @@ def unfit(path: Path) -> tuple[str, bool]:
     if suffix not in IMAGE_SUFFIXES:
         return f"files of suffix {printable(suffix) or '(none)'}, not an image's", True
     return "", False
+
+
+def _below(folder: Place, but: Place | None) -> Iterator[tuple[str, str]]:
+    """Every file below a folder by its path there, and what is wrong with it; none of those in `but`."""
+    if isinstance(folder, Url):
+        inside = f"{but}/".removeprefix(f"{folder}/") if but is not None and but != folder else None
+        for name in folder.files():
+            if inside is None or not name.startswith(inside):
+                yield name, ""
+        return
+    excluded = but if isinstance(but, Path) else None
+    for path, problem in _walk(folder, (), excluded):
+        yield path.relative_to(folder).as_posix(), problem
 
 
 def _walk(

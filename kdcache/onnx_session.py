@@ -176,6 +176,16 @@ _NUMPY_DTYPES = {
 }
 
 
+_threads = 0  # of a session on the CPU; 0: one a core
+
+
+def use_threads(count: int) -> None:
+    """Let this process's models, opened from now on, compute in so many threads."""
+    global _threads  # noqa: PLW0603 - as torch's own
+    _threads = count
+    torch.set_num_threads(count)
+
+
 def _open_session(model: bytes, path: Path, device: str, spinning: bool) -> Any:
     wanted = _PROVIDERS[device]
     if wanted not in onnxruntime.get_available_providers():
@@ -187,6 +197,7 @@ def _open_session(model: bytes, path: Path, device: str, spinning: bool) -> Any:
     providers = _providers(model, device)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    options.intra_op_num_threads = _threads
     if device == "cpu" and not spinning:
         # its threads would spin on the cores that encode and compress rows beside them, and those of
         # a torch teacher: an extraction took 6 % longer, the model alone no less

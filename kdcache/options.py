@@ -7,7 +7,6 @@ import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import click
@@ -82,8 +81,26 @@ frozen_device_option = option(
     type=click.Choice(["auto", "cpu", "cuda", "tensorrt"]),
     help="Where the frozen models run.",
 )
-cache_argument = click.argument("cache", type=click.Path(path_type=Path))
-path = click.Path(path_type=Path)
+
+
+class _PlaceType(click.ParamType[Any]):
+    """A path, or where `at_url` a URL too."""
+
+    name = "path"
+
+    def __init__(self, at_url: bool) -> None:
+        self._at_url = at_url
+
+    def convert(self, value: Any, param: click.Parameter | None, context: Any) -> Any:
+        from kdcache.places import place_of
+
+        if isinstance(value, str) and "://" in value and not self._at_url:
+            self.fail(f"{value} is a URL; this has to be a local path", param, context)
+        return place_of(value)
+
+
+path, place = _PlaceType(at_url=False), _PlaceType(at_url=True)
+cache_argument = click.argument("cache", type=place)
 
 
 def _with(options: Sequence[Callable[[Command], Command]], command: Command) -> Command:
@@ -118,9 +135,9 @@ def train_options(command: Command) -> Command:
 def input_options(command: Command) -> Command:
     """What is to be extracted, with which models, into which cache: of `plan` and `extract`."""
     options = [
-        option("--images", type=path, help="Folder of images; needed."),
-        option("--masks", type=path, help="Folder of masks, paired by stem."),
-        option("--coco", type=path, help="COCO instances JSON (of persons; --set category=NAME)."),
+        option("--images", type=place, help="Folder of images; needed."),
+        option("--masks", type=place, help="Folder of masks, paired by stem."),
+        option("--coco", type=place, help="COCO instances JSON (of persons; --set category=NAME)."),
         option(
             "--unlabelled", is_flag=True, help="There are no masks: distil from the models alone."
         ),
@@ -133,7 +150,7 @@ def input_options(command: Command) -> Command:
             help="The frozen teacher: .pth, .ckpt, .safetensors or .onnx.",
         ),
         option(
-            "--out", type=path, required=True, help="Cache to write, or to resume or append to."
+            "--out", type=place, required=True, help="Cache to write, or to resume or append to."
         ),
         option("--logits-only", is_flag=True, help="Only the teacher: no --yolo, no features."),
         option("--features-only", is_flag=True, help="Only the detector: no --teacher, no logits."),

@@ -110,13 +110,16 @@ def plan_text(plan: Plan) -> str:
         for name, cost in plan.costs.items()
     ]
     files = "" if plan.free_files is None else f" and {plan.free_files} files"
+    room = ""
+    if plan.free_bytes is not None:
+        fits = "fits" if plan.fits else "DOES NOT FIT"
+        room = f"{fits}: {megabytes(plan.free_bytes)}{files} are free; "
     lines = [
         f"{plan.rows} rows to add ({plan.rows_found} are there), on {plan.device}",
         "",
         table(rows),
         "",
-        f"{'fits' if plan.fits else 'DOES NOT FIT'}: {megabytes(plan.free_bytes)}{files} are free; "
-        f"the disk writes {megabytes(plan.write_bytes_per_s)}/s",
+        room + f"what is written reaches it at {megabytes(plan.write_bytes_per_s)}/s",
         f"all of it takes about {duration(plan.seconds)}, loading the models and a first look included",
         "",
         table(_check_rows(plan.check)),

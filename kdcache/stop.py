@@ -8,7 +8,10 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Self
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # Python 3.11's; an older one shall reach `kdcache doctor`, which names it
+    from typing import Self
 
 log = logging.getLogger(__name__)
 

@@ -16,12 +16,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,6 +28,7 @@ from numpy.typing import NDArray
 from kdcache.cache.layout import ROW_DESCRIPTION_BYTES, Manifest, generation_of
 from kdcache.cache.shard import ObjectRecord
 from kdcache.errors import CacheError, SampleError
+from kdcache.places import Place, children, read_some
 
 FORMAT_VERSION = 1
 MANIFEST = "kdcache"
@@ -41,6 +40,9 @@ _RESTORE = "restore it from a backup, or extract this cache again"
 
 _UNSIGNED = "0" * 64
 
+# A folder that a killed writer made for a commit record has none.
+_NO_FILE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+
 
 class RowKey(NamedTuple):
     """The identity of a row."""
@@ -48,6 +50,14 @@ class RowKey(NamedTuple):
     split: str
     sample_id: str
     view: int
+
+
+class Reserved(NamedTuple):
+    """Shards that several processes are writing at once: their files may have no record yet."""
+
+    token: str  # of the run that gave them out
+    first: int
+    stop: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +71,7 @@ class Root:
     generation: int = 0  # of the commit records: how many refreshes there were
     # paths that the last refresh made obsolete, if they still lie there
     replaced: Sequence[str] = ()
+    reserved: Reserved | None = None  # while several processes write, or when they were killed
 
     @property
     def commits(self) -> str:
@@ -73,6 +84,8 @@ class Root:
         record |= {"nodes": self.nodes, "array_rows": self.array_rows, "shards": self.shards}
         if self.generation:
             record |= {"generation": self.generation, "replaced": list(self.replaced)}
+        if self.reserved is not None:
+            record["reserved"] = self.reserved._asdict()
         return signed_document(MANIFEST, record)
 
 
@@ -82,7 +95,7 @@ def manifest_digest(manifest: Manifest) -> str:
     return hashlib.sha256(node_bytes(content)).hexdigest()
 
 
-def read_node(cache: Path, root: Root, name: str) -> dict[str, Any]:
+def read_node(cache: Place, root: Root, name: str) -> dict[str, Any]:
     """The zarr.json of a node of the root record; raises CacheError when it is not as written."""
     path = cache / name / "zarr.json"
     try:
@@ -109,14 +122,15 @@ def node_bytes(document: Mapping[str, Any]) -> bytes:
     return json.dumps(document, indent=1, ensure_ascii=False).encode()
 
 
-def read_root(cache: Path) -> Root:
+def read_root(cache: Place) -> Root:
     """The root record of the cache at a folder; raises CacheError if there is none or it was altered."""
     path = cache / "zarr.json"
-    if not path.is_file():
+    try:
+        data = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
         raise CacheError(
             f"{cache} is not a kdcache cache: it has no zarr.json; make one with `kdcache extract`"
-        )
-    data = path.read_bytes()
+        ) from None
     record = _attribute(path, data, MANIFEST)
     version = record.get("format_version")
     if version != FORMAT_VERSION:
@@ -133,6 +147,7 @@ def read_root(cache: Path) -> Root:
             shards=record["shards"],
             generation=record.get("generation", 0),
             replaced=record.get("replaced", ()),
+            reserved=Reserved(**record["reserved"]) if "reserved" in record else None,
         )
     except KeyError as error:
         raise CacheError(
@@ -164,31 +179,46 @@ class Commit:
         return signed_document(COMMIT, self.as_json())
 
 
-def commit_path(cache: Path, commits: str, shard: int) -> Path:
-    """Where the commit record of a shard lies; `commits` is the folder of them."""
-    return cache / commits / f"{shard:06d}" / "zarr.json"
+def commit_name(commits: str, shard: int) -> str:
+    """Where the commit record of a shard lies in the cache; `commits` is the folder of them."""
+    return f"{commits}/{shard:06d}/zarr.json"
 
 
-def commit_paths(cache: Path, commits: str) -> list[Path]:
-    """The commit records there are in a folder of them, by shard number."""
-    folder = cache / commits
-    names = sorted(os.listdir(folder)) if folder.is_dir() else []
-    paths = (folder / name / "zarr.json" for name in names if re.fullmatch("[0-9]+", name))
-    return [path for path in paths if path.is_file()]
+def commit_files(cache: Place, commits: str) -> dict[int, bytes]:
+    """The commit records there are in a folder of them, as they lie there, by shard number."""
+    found = {}
+    for shard, data in commit_answers(cache, commits).items():
+        if not isinstance(data, bytes):
+            raise data
+        found[shard] = data
+    return found
 
 
-def read_commits(cache: Path, root: Root) -> list[Commit]:
+def commit_answers(cache: Place, commits: str) -> dict[int, bytes | OSError]:
+    """The same, with the error of each that cannot be read."""
+    names = (name for name in children(cache / commits) if re.fullmatch("[0-9]{6,}", name))
+    shards = sorted(map(int, names))
+    files = [commit_name(commits, shard) for shard in shards]
+    answers = zip(shards, read_some(cache, files), strict=True)
+    return {shard: data for shard, data in answers if not isinstance(data, _NO_FILE)}
+
+
+def read_commits(cache: Place, root: Root) -> list[Commit]:
     """All commit records, by shard number; a shard without one does not exist."""
     digest = manifest_digest(root.manifest)
-    return [read_commit(path, digest) for path in commit_paths(cache, root.commits)]
+    return [
+        parse_commit(cache, root.commits, shard, data, digest)
+        for shard, data in commit_files(cache, root.commits).items()
+    ]
 
 
-def read_commit(path: Path, manifest: str) -> Commit:
-    """One commit record; raises CacheError when it was altered, or belongs elsewhere.
+def parse_commit(cache: Place, commits: str, shard: int, data: bytes, manifest: str) -> Commit:
+    """A shard's commit record; raises CacheError when it was altered, or belongs elsewhere.
 
     `manifest` is the digest of the cache's own.
     """
-    record = _read_signed(path, COMMIT)
+    path = cache / commit_name(commits, shard)
+    record = _signed(path, data, COMMIT)
     try:
         commit = Commit(
             shard=record["shard"],
@@ -199,7 +229,7 @@ def read_commit(path: Path, manifest: str) -> Commit:
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise CacheError(f"{path} is no commit record of format version 1 ({error!r})") from error
-    if f"{commit.shard:06d}" != path.parent.name:
+    if commit.shard != shard:
         raise CacheError(f"{path} holds the commit record of shard {commit.shard}")
     if commit.manifest != manifest:
         raise CacheError(
@@ -231,12 +261,14 @@ def next_commits(root: Root) -> str:
     return generation_of("commits", root.generation + 1)
 
 
-def read_staged(cache: Path, root: Root) -> Staged | None:
+def read_staged(cache: Place, root: Root) -> Staged | None:
     """The unfinished refresh there is, if there is one."""
     path = cache / next_commits(root) / "zarr.json"
-    if not path.is_file():
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
         return None
-    record = _read_signed(path, REFRESH)
+    record = _signed(path, data, REFRESH)
     return Staged(manifest=record["manifest"], nodes=record["nodes"])
 
 
@@ -293,12 +325,16 @@ class AllRemarks:
         return signed_document(SKIPPED, dataclasses.asdict(self))
 
 
-def read_remarks(cache: Path) -> AllRemarks:
+def read_remarks(cache: Place) -> AllRemarks:
     """What was remarked so far; raises CacheError when it was lost or altered."""
     path = cache / "skipped" / "zarr.json"
-    if not path.is_file():
-        raise CacheError(f"{path} was deleted; the next `kdcache extract` writes it again")
-    record = _read_signed(path, SKIPPED)
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise CacheError(
+            f"{path} was deleted; the next `kdcache extract` writes it again"
+        ) from None
+    record = _signed(path, data, SKIPPED)
     # an earlier kdcache knew the last dataset only, and at first its skipped images only
     last = {name: record.get(name, {}) for name in ("left_out", "changed")}
     datasets = record.get("datasets", {_LAST: {"skipped": record.get("images", {}), **last}})
@@ -318,14 +354,13 @@ def signed_document(attribute: str, record: Mapping[str, Any]) -> bytes:
     return unsigned.replace(_UNSIGNED.encode(), digest.encode(), 1)
 
 
-def _read_signed(path: Path, attribute: str) -> dict[str, Any]:
-    data = path.read_bytes()
+def _signed(path: Place, data: bytes, attribute: str) -> dict[str, Any]:
     record = _attribute(path, data, attribute)
     _check_signature(path, data, record)
     return record
 
 
-def _check_signature(path: Path, data: bytes, record: Mapping[str, Any]) -> None:
+def _check_signature(path: Place, data: bytes, record: Mapping[str, Any]) -> None:
     digest = str(record.get("sha256", "")).encode()
     unsigned = data.replace(digest, _UNSIGNED.encode(), 1) if digest else data
     if digest != hashlib.sha256(unsigned).hexdigest().encode():
@@ -334,7 +369,7 @@ def _check_signature(path: Path, data: bytes, record: Mapping[str, Any]) -> None
         )
 
 
-def _attribute(path: Path, data: bytes, attribute: str) -> dict[str, Any]:
+def _attribute(path: Place, data: bytes, attribute: str) -> dict[str, Any]:
     try:
         record = _parsed(path, data)["attributes"][attribute]
     except (KeyError, TypeError) as error:
@@ -344,7 +379,7 @@ def _attribute(path: Path, data: bytes, attribute: str) -> dict[str, Any]:
     return record
 
 
-def _parsed(path: Path, data: bytes) -> dict[str, Any]:
+def _parsed(path: Place, data: bytes) -> dict[str, Any]:
     try:
         document = json.loads(data)
     except (ValueError, RecursionError) as error:

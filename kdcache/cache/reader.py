@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +16,7 @@ from kdcache.cache import codecs
 from kdcache.cache.format import (
     Commit,
     RowKey,
-    commit_path,
+    commit_name,
     lost_shards,
     parse_row,
     read_commits,
@@ -26,6 +25,7 @@ from kdcache.cache.format import (
 from kdcache.cache.layout import IMAGE, MASK, ROWS, Manifest, TapSpec
 from kdcache.cache.shard import DamagedError, chunk_range, decode_chunk, read_chunk, read_index
 from kdcache.errors import CacheError, nearest
+from kdcache.places import Place, Url, place_of
 
 log = logging.getLogger(__name__)
 
@@ -63,10 +63,9 @@ class Cache:
     rows committed when it was opened, or those of the given `shards` only.
     """
 
-    def __init__(self, path: str | Path, shards: Sequence[int] | None = None) -> None:
-        if "://" in str(path):
-            raise CacheError(f"{path}: caches at URLs are not supported; copy it to a local folder")
-        self.path, self._folder = Path(path), str(path)
+    def __init__(self, path: str | Place, shards: Sequence[int] | None = None) -> None:
+        self.path = place_of(path)
+        self._folder = str(self.path)
         root = read_root(self.path)
         self.manifest: Manifest = root.manifest
         self._commits = root.commits
@@ -169,21 +168,22 @@ class Cache:
             raise CacheError(
                 f"{path}: cannot read row {index} ({self.keys[index].sample_id}): {error}; the file "
                 "was damaged or replaced after it was committed: restore it from a backup, or "
-                f"delete {commit_path(self.path, self._commits, commit.shard).parent} and run extract "
-                "again"
+                f"delete {(self.path / commit_name(self._commits, commit.shard)).parent} and run "
+                "extract again"
             ) from error
         return reading
 
-    def locate(self, index: int, array: str) -> tuple[str, int, int]:
+    def locate(self, index: int, array: str) -> tuple[str | Url, int, int]:
         """The file, offset and length of the bytes that hold one row of an array."""
         place, slot = self._places[index]
         size_bytes = self.commits[place].objects[array].size_bytes
         found = chunk_range(self._shard(place, array).index, slot, size_bytes)
         return self._path_of(place, array), *found
 
-    def _path_of(self, place: int, array: str) -> str:
+    def _path_of(self, place: int, array: str) -> str | Url:
         # as text: made for every read, and pathlib takes as long as the read of a small array
-        return f"{self._folder}/{self.specs[array].shard_path(self.commits[place].shard)}"
+        path = f"{self._folder}/{self.specs[array].shard_path(self.commits[place].shard)}"
+        return Url(path) if isinstance(self.path, Url) else path
 
     def _shard(self, place: int, array: str) -> _Shard:
         shard = self._shards.get((place, array))

@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import shutil
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -22,22 +19,24 @@ from kdcache.cache.format import (
     Commit,
     Root,
     Staged,
-    commit_path,
-    commit_paths,
+    commit_files,
+    commit_name,
     group_document,
     manifest_digest,
     next_commits,
     node_digest,
-    read_commit,
+    parse_commit,
     read_commits,
     read_root,
     read_staged,
 )
 from kdcache.cache.layout import Manifest
+from kdcache.cache.lock import locked
 from kdcache.cache.shard import ShardFile, encode_chunk
-from kdcache.cache.writer import array_document, locked, remove_replaced
+from kdcache.cache.writer import array_document, remove_replaced
 from kdcache.durable import TEMPORARY_SUFFIX, fsync, write_atomic
 from kdcache.errors import CacheError
+from kdcache.places import Place, files_below, make_folder, remove_folder
 
 
 class Refresh:
@@ -47,26 +46,28 @@ class Refresh:
     the new arrays the cache's. Raises CacheError when another process has the cache open.
     """
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
+    def __init__(self, path: Place, manifest: Manifest) -> None:
         self._path = path
         self._manifest = manifest
         self._digest = manifest_digest(manifest)
         self._lock = locked(path)
         try:
             self._root = remove_replaced(path, read_root(path))
-            for left_over in path.rglob(f"*{TEMPORARY_SUFFIX}"):
-                left_over.unlink()
+            for file in files_below(path):
+                if file.endswith(TEMPORARY_SUFFIX):
+                    (path / file).unlink()
             self._folder = next_commits(self._root)
             self._commits = read_commits(path, self._root)
             old = {spec.path for spec in self._root.manifest.arrays()}
             self._specs = [spec for spec in manifest.arrays() if spec.path not in old]
             self._staged = self._stage()
             done = {
-                read_commit(file, self._digest).shard for file in commit_paths(path, self._folder)
+                parse_commit(path, self._folder, shard, data, self._digest).shard
+                for shard, data in commit_files(path, self._folder).items()
             }
             self.todo = [commit for commit in self._commits if commit.shard not in done]
         except BaseException:
-            os.close(self._lock)
+            self._lock.close()
             raise
 
     def __enter__(self) -> Self:
@@ -78,7 +79,7 @@ class Refresh:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        os.close(self._lock)
+        self._lock.close()
 
     def write(self, commit: Commit, rows: Iterable[Mapping[str, NDArray[np.generic]]]) -> None:
         """The new arrays of all rows of a commit record, each by array path, in its order."""
@@ -107,8 +108,9 @@ class Refresh:
             manifest=self._digest,
             objects={p: o for p, o in commit.objects.items() if p in kept} | objects,
         )
-        target = commit_path(self._path, self._folder, commit.shard)
-        target.parent.mkdir(exist_ok=True)
+        self._lock.check()
+        target = self._path / commit_name(self._folder, commit.shard)
+        make_folder(target.parent)
         write_atomic(target, record.document())
         fsync(target.parent.parent)
         self.todo.remove(commit)
@@ -150,12 +152,12 @@ class Refresh:
         )
         if found != staged:
             for name in (self._folder, *(found.nodes if found else ()), *staged.nodes):
-                shutil.rmtree(self._path / name, ignore_errors=True)
+                remove_folder(self._path / name)
             # the record first: what it names is known to be a refresh's
-            (self._path / self._folder).mkdir()
+            make_folder(self._path / self._folder)
             write_atomic(self._path / self._folder / "zarr.json", staged.document())
         for name, text in documents.items():  # also where a kill came in between
-            (self._path / name).mkdir(parents=True, exist_ok=True)
+            make_folder(self._path / name)
             write_atomic(self._path / name / "zarr.json", text)
         return staged
 

@@ -13,7 +13,9 @@ import contextlib
 import hashlib
 import os
 import struct
+import tempfile
 import threading
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -26,6 +28,7 @@ from numcodecs.zstd import Zstd
 from numpy.typing import NDArray
 
 from kdcache.durable import TEMPORARY_SUFFIX, fsync
+from kdcache.places import Place, Url
 
 if TYPE_CHECKING:
     from kdcache.config import Compression
@@ -171,9 +174,11 @@ def chunk_range(index: NDArray[np.uint64], slot: int, size_bytes: int) -> tuple[
     return offset, length
 
 
-def read_index(path: str, slots: int, size_bytes: int) -> NDArray[np.uint64]:
+def read_index(path: str | Url, slots: int, size_bytes: int) -> NDArray[np.uint64]:
     """The index of a shard file; `size_bytes` is the file's committed size."""
     tail_bytes = index_bytes(slots)
+    if isinstance(path, Url):
+        return decode_index(path.read_range(max(0, size_bytes - tail_bytes), tail_bytes), slots)
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         _version(descriptor, size_bytes)
@@ -184,7 +189,7 @@ def read_index(path: str, slots: int, size_bytes: int) -> NDArray[np.uint64]:
 
 
 def read_chunk(
-    path: str,
+    path: str | Url,
     offset: int,
     length: int,
     out: NDArray[np.uint8] | None = None,
@@ -195,8 +200,13 @@ def read_chunk(
 
     With the committed size of the file the file itself is looked at, and the chunk has its version.
     Else that is left to the chunk's checksums: three system calls a read, and Python's lock is given
-    up and taken again for each.
+    up and taken again for each. An object at a URL has no version.
     """
+    if isinstance(path, Url):
+        stored = path.read_range(offset, length)
+        if len(stored) != length:
+            raise DamagedError(f"file ends {length - len(stored)} bytes early")
+        return chunk_of(stored)
     body = length - CRC_BYTES
     if body < 0:
         raise DamagedError("chunk is shorter than its checksum")
@@ -256,11 +266,17 @@ class ObjectRecord:
 
 
 class ShardFile:
-    """A shard file being written: rows stream into a temporary file, `finish` gives it its name."""
+    """A shard file being written: rows stream into a temporary file, `finish` gives it its name.
 
-    def __init__(self, path: Path, slots: int) -> None:
+    That lies beside it, or for a URL in the system's temporary folder, and goes there whole.
+    """
+
+    def __init__(self, path: Place, slots: int) -> None:
         self._path = path
-        self._temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+        # its own: two processes may write one shard when the first is thought to be lost
+        name = f"{path.name}.{uuid.uuid4().hex[:8]}{TEMPORARY_SUFFIX}"
+        folder = Path(tempfile.gettempdir()) if isinstance(path, Url) else path.parent
+        self._temporary = folder / name
         self._slots = slots
         self._index: list[tuple[int, int]] = []
         self._crcs: list[int] = []
@@ -280,8 +296,12 @@ class ShardFile:
         index = np.array(self._index + empty, "<u8").tobytes()
         self._write(index + struct.pack("<I", google_crc32c.value(index)))
         self._file.close()
-        fsync(self._temporary)
-        os.replace(self._temporary, self._path)
+        if isinstance(self._path, Url):
+            self._path.write_file(self._temporary)
+            self._temporary.unlink()
+        else:
+            fsync(self._temporary)
+            os.replace(self._temporary, self._path)
         return ObjectRecord(
             size_bytes=self._offset,
             sha256=self._digest.hexdigest(),

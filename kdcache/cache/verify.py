@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import re
@@ -23,19 +22,20 @@ from kdcache.cache.format import (
     Root,
     RowKey,
     Staged,
-    commit_path,
-    commit_paths,
+    commit_answers,
+    commit_name,
     lost_shards,
     manifest_digest,
     next_commits,
+    parse_commit,
     parse_row,
-    read_commit,
     read_node,
     read_remarks,
     read_root,
     read_staged,
 )
 from kdcache.cache.layout import MASK, ROWS, ArraySpec
+from kdcache.cache.lock import is_being_written
 from kdcache.cache.shard import (
     DamagedError,
     chunk_of,
@@ -47,6 +47,7 @@ from kdcache.cache.shard import (
 from kdcache.durable import TEMPORARY_SUFFIX
 from kdcache.errors import CacheError
 from kdcache.imaging import BACKGROUND, IGNORE, PADDING, PERSON
+from kdcache.places import Place, Url
 
 _MASK_VALUES = (BACKGROUND, PERSON, PADDING, IGNORE)
 
@@ -93,7 +94,7 @@ class VerifyReport:
     models: dict[str, Agreement] = field(default_factory=dict)  # by part, where models were given
 
 
-def verify(path: Path, *, workers: int = 2, progress: bool = False) -> VerifyReport:
+def verify(path: Place, *, workers: int = 2, progress: bool = False) -> VerifyReport:
     """Read every byte of the cache at a folder and compare it with what was committed.
 
     Checks the root record, every zarr.json, every commit record, size, SHA-256, index, chunk
@@ -101,7 +102,7 @@ def verify(path: Path, *, workers: int = 2, progress: bool = False) -> VerifyRep
     CacheError only when there is no cache at `path`; all else is in the report.
     """
     try:
-        root, being_written = read_root(path), _is_being_written(path)
+        root, being_written = read_root(path), is_being_written(path)
     except CacheError as error:
         if not (path / "zarr.json").is_file():
             raise
@@ -131,7 +132,7 @@ def verify(path: Path, *, workers: int = 2, progress: bool = False) -> VerifyRep
             pool.shutdown(cancel_futures=True)
             raise
     # After the shards, which takes long: a writer may have come in the meantime.
-    root, being_written = read_root(path), being_written or _is_being_written(path)
+    root, being_written = read_root(path), being_written or is_being_written(path)
     bad += _check_nodes(path, root, commits, being_written)
     bad += _check_files(path, root, commits, being_written)
     parts = {
@@ -142,7 +143,7 @@ def verify(path: Path, *, workers: int = 2, progress: bool = False) -> VerifyRep
 
 
 def _report(
-    path: Path,
+    path: Place,
     commits: Sequence[Commit],
     parts: dict[str, Part],
     bad: list[Problem],
@@ -158,29 +159,18 @@ def _report(
     )
 
 
-def _is_being_written(path: Path) -> bool:
-    """Whether a writer holds its lock on the cache."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # a file system without locks
-        return False
-    finally:
-        os.close(descriptor)
-    return False
-
-
-def _check_commits(path: Path, root: Root) -> tuple[list[Commit], list[Problem]]:
+def _check_commits(path: Place, root: Root) -> tuple[list[Commit], list[Problem]]:
     commits, bad = [], []
     seen: dict[RowKey, int] = {}
     arrays = {spec.path for spec in root.manifest.arrays()}
     digest = manifest_digest(root.manifest)
-    for file in commit_paths(path, root.commits):
-        name = file.relative_to(path).as_posix()
+    answers = commit_answers(path, root.commits)
+    for shard, data in answers.items():
+        name = commit_name(root.commits, shard)
         try:
-            commit = read_commit(file, digest)
+            if isinstance(data, OSError):
+                raise data
+            commit = parse_commit(path, root.commits, shard, data, digest)
         except (CacheError, OSError) as error:
             bad.append(Problem(path=name, problem=str(error)))
             continue
@@ -193,17 +183,14 @@ def _check_commits(path: Path, root: Root) -> tuple[list[Commit], list[Problem]]
                 problem = f"row {tuple(key)} is in shard {seen[key]} too"
                 bad.append(Problem(path=name, problem=problem, rows=[key.sample_id]))
             seen[key] = commit.shard
-    records = commit_paths(path, root.commits)
-    for shard in lost_shards(root, [int(file.parent.name) for file in records]):
+    for shard in lost_shards(root, answers):
         problem = "is gone, and with it the rows of its shard; the next extraction computes them"
-        bad.append(
-            Problem(path=commit_path(Path(), root.commits, shard).as_posix(), problem=problem)
-        )
+        bad.append(Problem(path=commit_name(root.commits, shard), problem=problem))
     return commits, bad
 
 
 def _check_nodes(
-    path: Path, root: Root, commits: Sequence[Commit], being_written: bool
+    path: Place, root: Root, commits: Sequence[Commit], being_written: bool
 ) -> Iterator[Problem]:
     """Every zarr.json below the root that is neither a commit record nor the skipped list."""
     shard_rows = root.manifest.shard_rows
@@ -228,7 +215,7 @@ def _check_nodes(
             )
 
 
-def _check_skipped(path: Path) -> Iterator[Problem]:
+def _check_skipped(path: Place) -> Iterator[Problem]:
     try:
         read_remarks(path)
     except (CacheError, OSError, KeyError, ValueError) as error:
@@ -236,43 +223,53 @@ def _check_skipped(path: Path) -> Iterator[Problem]:
 
 
 def _check_files(
-    path: Path, root: Root, commits: Sequence[Commit], being_written: bool
+    path: Place, root: Root, commits: Sequence[Commit], being_written: bool
 ) -> Iterator[Problem]:
     """Files and folders that neither the root nor a commit accounts for."""
     specs, staged = root.manifest.arrays(), None
-    records = commit_paths(path, root.commits)  # damaged ones too: they have their own problem
-    shards = {int(file.parent.name) for file in records} | {commit.shard for commit in commits}
+    # damaged records too: they have their own problem
+    shards = {*commit_answers(path, root.commits), *(commit.shard for commit in commits)}
     expected = {"zarr.json", "skipped/zarr.json", f"{root.commits}/zarr.json"}
     expected |= {f"{name}/zarr.json" for name in root.nodes}
-    expected |= {commit_path(Path(), root.commits, shard).as_posix() for shard in shards}
+    expected |= {commit_name(root.commits, shard) for shard in shards}
     expected |= {spec.shard_path(shard) for spec in specs for shard in shards}
     with contextlib.suppress(CacheError):
         staged = read_staged(path, root)
-    unreadable: list[OSError] = []
-    for folder, subfolders, names in os.walk(path, onerror=unreadable.append):
-        inside = Path(folder).relative_to(path)
-        for name in (*names, *subfolders):
-            if (path / inside / name).is_symlink():
-                problem = "is a link: a copy of the cache would be without what it leads to"
-                yield Problem(path=(inside / name).as_posix(), problem=problem)
-        empty = not subfolders and not names
-        for name in names or ([""] if empty else []):
-            file = (inside / name).as_posix()
-            if (
-                file in expected
-                or _of_a_refresh(file, root, staged)
-                or (being_written and _may_be_a_writers(file, commits))
-            ):
-                continue
+    for file, problem in _entries(path):
+        if problem:
+            yield Problem(path=file, problem=problem)
+        elif not (
+            file in expected
+            or _of_a_refresh(file, root, staged)
+            or (being_written and _may_be_a_writers(file, commits))
+        ):
             yield Problem(
                 path=file,
                 problem="no record accounts for it: a left-over of an interrupted writer (the "
                 "next `kdcache extract` removes it), a file whose commit record was lost, or a "
                 "stranger",
             )
+
+
+def _entries(path: Place) -> Iterator[tuple[str, str]]:
+    """Every file and empty folder of a cache, and what is wrong with it by itself."""
+    if isinstance(path, Url):
+        yield from ((file, "") for file in path.files())
+        return
+    unreadable: list[OSError] = []
+    for folder, subfolders, names in os.walk(path, onerror=unreadable.append):
+        inside = Path(folder).relative_to(path)
+        for name in (*names, *subfolders):
+            if (path / inside / name).is_symlink():
+                yield (
+                    (inside / name).as_posix(),
+                    "is a link: a copy of the cache would be without what it leads to",
+                )
+        empty = not subfolders and not names
+        yield from (((inside / name).as_posix(), "") for name in names or ([""] * empty))
     for error in unreadable:
         name = Path(str(error.filename)).relative_to(path).as_posix()
-        yield Problem(path=name, problem=f"cannot be read: {error.strerror}")
+        yield name, f"cannot be read: {error.strerror}"
 
 
 def _of_a_refresh(file: str, root: Root, staged: Staged | None) -> bool:
@@ -290,7 +287,7 @@ def _may_be_a_writers(file: str, commits: Sequence[Commit]) -> bool:
     return file.endswith(TEMPORARY_SUFFIX) or bool(shard and int(shard[1]) not in committed)
 
 
-def _check_shard(path: Path, root: Root, commit: Commit, spec: ArraySpec) -> Iterator[Problem]:
+def _check_shard(path: Place, root: Root, commit: Commit, spec: ArraySpec) -> Iterator[Problem]:
     """One shard file: as a whole, and each of its rows."""
     name = spec.shard_path(commit.shard)
     record, slots = commit.objects[spec.path], root.manifest.shard_rows

@@ -11,10 +11,11 @@ import logging
 import os
 import shutil
 import threading
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 import zarr
@@ -27,9 +28,10 @@ from kdcache.cache.format import (
     AllRemarks,
     Commit,
     Remarks,
+    Reserved,
     Root,
     RowKey,
-    commit_path,
+    commit_name,
     group_document,
     manifest_digest,
     node_bytes,
@@ -40,18 +42,14 @@ from kdcache.cache.format import (
     read_root,
 )
 from kdcache.cache.layout import ArraySpec, Manifest
-from kdcache.cache.shard import LZ4_LEVEL, ZSTD_LEVEL, Encoded, ShardFile, encode_chunk
-from kdcache.durable import TEMPORARY_SUFFIX, fsync, lock, write_atomic
+from kdcache.cache.lock import FolderLock, locked
+from kdcache.cache.open_shard import EncodedRow, OpenShard, encoded_row
+from kdcache.cache.shard import LZ4_LEVEL, ZSTD_LEVEL
+from kdcache.durable import TEMPORARY_SUFFIX, fsync, write_atomic
 from kdcache.errors import CacheError, FingerprintError
+from kdcache.places import Place, Url, files_below, make_folder, remove_folder
 
 log = logging.getLogger(__name__)
-
-
-class EncodedRow(NamedTuple):
-    """A row as a cache stores it, by array path."""
-
-    key: RowKey
-    chunks: Mapping[str, Encoded]
 
 
 class CacheWriter:
@@ -63,18 +61,19 @@ class CacheWriter:
     made in another way, CacheError when another writer has it open.
     """
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
+    def __init__(self, path: Place, manifest: Manifest) -> None:
         self._path = path
-        self._keys: list[RowKey] = []
-        self._files: dict[str, ShardFile] = {}
         # An interrupt may end the block while another thread is inside `append`.
         self._row_lock = threading.RLock()
-        self.bytes_written = 0  # compressed rows so far, committed or not
+        self._open: OpenShard | None = None
+        self._bytes_written = 0  # in the shards before it
         self._torn = False  # a row reached some arrays only: the open shard must not be committed
-        if not path.exists():
+        if isinstance(path, Path) and not path.exists():
             _create(path, manifest)
         self._lock = locked(path)
         try:
+            if isinstance(path, Url) and not (path / "zarr.json").is_file():
+                _create_at_url(path, manifest)
             self._root = read_root(path)
             self.manifest = _in_its_generations(manifest, self._root.manifest)
             self._specs = self.manifest.arrays()
@@ -83,9 +82,10 @@ class CacheWriter:
             self.committed: set[RowKey] = {key for commit in commits for key in commit.keys}
             self._shards = {commit.shard for commit in commits}
             self._sweep()
+            self._declare()  # nothing is reserved: whoever still writes one of those finds that it may not
             self._lengthen(self._root.array_rows)  # a killed writer may have done it in part
         except BaseException:
-            os.close(self._lock)
+            self._lock.close()
             raise
 
     def __enter__(self) -> Self:
@@ -101,22 +101,23 @@ class CacheWriter:
             try:
                 if (kind is None or issubclass(kind, KeyboardInterrupt)) and not self._torn:
                     self.commit()
-                    self._declare(shards=self._shard)
+                    # after an interrupt others may still be at work on theirs
+                    keep = self._root.reserved if kind else None
+                    self._declare(shards=self._shard, reserved=keep)
             finally:
                 self._torn = True  # whatever still comes from another thread is refused
-                for file in self._files.values():
-                    file.abandon()
-                os.close(self._lock)
+                if self._open is not None:
+                    self._open.abandon()
+                self._lock.close()
+
+    @property
+    def bytes_written(self) -> int:
+        """Compressed rows so far, committed or not."""
+        return self._bytes_written + (self._open.bytes_written if self._open else 0)
 
     def encoded(self, key: RowKey, arrays: Mapping[str, NDArray[np.generic]]) -> EncodedRow:
         """A row, given as array path to values, as it will be stored: many threads may make some."""
-        self._check_row(key, arrays)
-        compression = self.manifest.compression
-        chunks = {
-            spec.path: encode_chunk(spec.transform.forward(arrays[spec.path]), compression)
-            for spec in self._specs
-        }
-        return EncodedRow(key, chunks)
+        return encoded_row(self.manifest, self._specs, key, arrays)
 
     def append(self, row: EncodedRow) -> None:
         """Add one row; commits when the shard is full.
@@ -125,50 +126,67 @@ class CacheWriter:
         copied or dropped by whole files.
         """
         with self._row_lock:
-            self._append(row.key, row.chunks)
+            self._append(row)
 
-    def _append(self, key: RowKey, chunks: Mapping[str, Encoded]) -> None:
-        if key in self.committed or key in self._keys:
-            raise CacheError(f"row {tuple(key)} is in {self._path} already")
-        if self._keys and self._keys[-1].split != key.split:
+    def _append(self, row: EncodedRow) -> None:
+        keys = self._open.keys if self._open else []
+        if row.key in self.committed or row.key in keys:
+            raise CacheError(f"row {tuple(row.key)} is in {self._path} already")
+        if keys and keys[-1].split != row.key.split:
             self.commit()
         self._refuse_torn()
         self._torn = True
-        if not self._files:
-            self._open_shard()
-        for spec in self._specs:
-            chunk = chunks[spec.path]
-            self._files[spec.path].append(chunk)
-            self.bytes_written += len(chunk.stored)
-        self._keys.append(key)
+        if self._open is None:
+            self._open = OpenShard(self._path, self.manifest, self._shard)
+        self._open.append(row)
         self._torn = False
-        if len(self._keys) == self.manifest.shard_rows:
+        if len(self._open.keys) == self.manifest.shard_rows:
             self.commit()
 
     def commit(self) -> None:
         """Make the rows of the open shard durable: files, array sizes, then the commit record."""
         self._refuse_torn()
-        if not self._keys:
+        if self._open is None:
             return
         self._torn = True
         self._declare(rows=(self._shard + 1) * self.manifest.shard_rows)
-        objects = {path: file.finish() for path, file in self._files.items()}
-        for spec in self._specs:
-            fsync(self._path / spec.path)
-        record = Commit(
-            shard=self._shard,
-            manifest=manifest_digest(self.manifest),
-            keys=tuple(self._keys),
-            objects=objects,
-        )
-        target = commit_path(self._path, self._root.commits, self._shard)
-        target.parent.mkdir(exist_ok=True)
-        write_atomic(target, record.document())
-        fsync(target.parent.parent)
-        self.committed.update(self._keys)
-        self._shards.add(self._shard)
-        self._keys, self._files = [], {}
+        self._record(self._open.finish())
+        self._bytes_written += self._open.bytes_written
+        self._open = None
         self._torn = False
+
+    def reserve(self, shards: Sequence[int]) -> str:
+        """Let other processes write these shards, each as an `OpenShard`; a token for `may_write`.
+
+        What they finish becomes part of the cache by `adopt`.
+        """
+        token = uuid.uuid4().hex
+        self._declare(
+            rows=(max(shards) + 1) * self.manifest.shard_rows,
+            reserved=Reserved(token, min(shards), max(shards) + 1),
+        )
+        return token
+
+    def adopt(self, commit: Commit) -> None:
+        """Commit a shard that another process has finished."""
+        if commit.manifest != manifest_digest(self.manifest) or commit.shard in self._shards:
+            raise CacheError(f"shard {commit.shard} of {self._path} was made for another cache")
+        self._record(commit)
+        self._bytes_written += sum(record.size_bytes for record in commit.objects.values())
+
+    def _record(self, commit: Commit) -> None:
+        self._lock.check()
+        target = self._path / commit_name(self._root.commits, commit.shard)
+        make_folder(target.parent)
+        write_atomic(target, commit.document())
+        fsync(target.parent.parent)
+        self.committed.update(commit.keys)
+        self._shards.add(commit.shard)
+
+    def free_shards(self, count: int) -> list[int]:
+        """So many numbers of shards that there are not, from the lowest."""
+        numbers = (number for number in itertools.count() if number not in self._shards)
+        return list(itertools.islice(numbers, count))
 
     def expect(self, rows: int) -> None:
         """Declare room for so many further rows at once, instead of growing shard by shard."""
@@ -200,32 +218,19 @@ class CacheWriter:
                 f"{self._path}: an earlier write failed; run again to write those rows"
             )
 
-    def _check_row(self, key: RowKey, arrays: Mapping[str, NDArray[np.generic]]) -> None:
-        for spec in self._specs:
-            array = arrays[spec.path]
-            if (array.shape, array.dtype) != (spec.row.shape, np.dtype(spec.row.dtype)):
-                raise CacheError(
-                    f"{key.sample_id}: {spec.path} is {array.dtype} {array.shape}, the cache holds "
-                    f"{spec.row.dtype} {spec.row.shape}"
-                )
-
-    def _open_shard(self) -> None:
-        for spec in self._specs:
-            path = self._path / spec.shard_path(self._shard)
-            self._files[spec.path] = ShardFile(path, self.manifest.shard_rows)
-
     @property
     def _shard(self) -> int:
         """The number of the open shard: the lowest free one, so that a lost shard is made good."""
         return next(number for number in itertools.count() if number not in self._shards)
 
-    def _declare(self, rows: int = 0, shards: int = 0) -> None:
-        """Raise the root's array length or number of shards, on disk."""
+    def _declare(self, rows: int = 0, shards: int = 0, reserved: Reserved | None = None) -> None:
+        """Raise the root's array length or number of shards, on disk; say what is reserved now."""
         rows, shards = max(rows, self._root.array_rows), max(shards, self._root.shards)
-        if (rows, shards) == (self._root.array_rows, self._root.shards):
+        root = dataclasses.replace(self._root, array_rows=rows, shards=shards, reserved=reserved)
+        if root == self._root:
             return
         # the root first: a length below the root's is a growth that was cut short, not an edit
-        self._root = dataclasses.replace(self._root, array_rows=rows, shards=shards)
+        self._root = root
         write_atomic(self._path / "zarr.json", self._root.document())
         self._lengthen(rows)
 
@@ -238,39 +243,57 @@ class CacheWriter:
                 write_atomic(self._path / spec.path / "zarr.json", node_bytes(document))
 
     def _sweep(self) -> None:
-        """Remove what a killed writer left: temporary files, and the shard it had open.
+        """Remove what a killed writer left: temporary files, and the shards it had open.
 
-        Raises CacheError when more shards than that have no commit record: those are lost records.
+        Raises CacheError when more shards than it can have had open have no commit record: those
+        are lost records.
         """
-        orphans: dict[int, list[Path]] = {}
-        for spec in self._specs:
-            for file in (self._path / spec.path).glob("c.*"):
-                number = file.name.split(".")[1]
-                if number.isdigit() and int(number) not in self._shards:
-                    orphans.setdefault(int(number), []).append(file)
-        if len(orphans) > 1 or not (self._path / self._root.commits).is_dir():
+        files, arrays = files_below(self._path), {spec.path for spec in self._specs}
+        orphans: dict[int, list[str]] = {}
+        for file in files:
+            folder, _, name = file.rpartition("/")
+            number = name.split(".")[1] if name.startswith("c.") else ""
+            if folder in arrays and number.isdigit() and int(number) not in self._shards:
+                orphans.setdefault(int(number), []).append(file)
+        lost = [number for number in sorted(orphans) if not self._was_reserved(number)]
+        commits = f"{self._root.commits}/"
+        if len(lost) > 1 or not any(file.startswith(commits) for file in files):
             raise CacheError(
-                f"{self._path} has files of shards {sorted(orphans)} without a commit record, and an "
+                f"{self._path} has files of shards {lost} without a commit record, and an "
                 "interrupted extraction leaves one such shard at most: restore commits/ from a "
                 "backup; or delete those files (c.<shard>.*) to have their rows computed again"
             )
-        for file in [
-            *self._path.rglob(f"*{TEMPORARY_SUFFIX}"),
-            *itertools.chain(*orphans.values()),
-        ]:
-            file.unlink(missing_ok=True)
-        for folder in (self._path / self._root.commits).iterdir():
-            if folder.is_dir() and not (folder / "zarr.json").exists():
-                shutil.rmtree(folder)
+        temporary = [file for file in files if file.endswith(TEMPORARY_SUFFIX)]
+        for name in [*temporary, *itertools.chain(*orphans.values())]:
+            (self._path / name).unlink(missing_ok=True)
+        if isinstance(self._path, Path):
+            for record in (self._path / self._root.commits).iterdir():
+                if record.is_dir() and not (record / "zarr.json").exists():
+                    shutil.rmtree(record)
         self._root = remove_replaced(self._path, self._root)
 
+    def _was_reserved(self, shard: int) -> bool:
+        reserved = self._root.reserved
+        return reserved is not None and reserved.first <= shard < reserved.stop
 
-def remove_replaced(path: Path, root: Root) -> Root:
+
+def may_write(path: Place, shard: int, token: str) -> None:
+    """Raise CacheError when a shard is not this run's to finish: others have taken it over."""
+    root = read_root(path)
+    if (
+        root.reserved is None
+        or root.reserved.token != token
+        or (path / commit_name(root.commits, shard)).is_file()
+    ):
+        raise CacheError(f"shard {shard} of {path} is written by others now; nothing of it is kept")
+
+
+def remove_replaced(path: Place, root: Root) -> Root:
     """Delete what the last refresh made obsolete; the root record then names it no more."""
     if not root.replaced:
         return root
     for name in root.replaced:
-        shutil.rmtree(path / name, ignore_errors=True)
+        remove_folder(path / name)
     root = dataclasses.replace(root, replaced=())
     write_atomic(path / "zarr.json", root.document())
     return root
@@ -278,19 +301,13 @@ def remove_replaced(path: Path, root: Root) -> Root:
 
 def _create(path: Path, manifest: Manifest) -> None:
     """Lay out an empty cache beside `path` and give it its name when all of it is on disk."""
-    groups: dict[str, dict[str, Any]] = {"commits": {}, "features": {}}
-    groups |= {tap.folder: tap.as_json() for tap in manifest.taps}
-    documents = {name: group_document(attributes) for name, attributes in groups.items()}
-    documents |= {spec.path: array_document(spec, manifest) for spec in manifest.arrays()}
-    nodes = {name: node_digest(json.loads(text)) for name, text in documents.items()}
-    documents["skipped"] = AllRemarks().document()
-    documents["."] = Root(manifest=manifest, nodes=nodes, array_rows=0, shards=0).document()
+    documents = _documents(manifest)
     path.parent.mkdir(parents=True, exist_ok=True)
     _sweep_staging(path)
     staging = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
     try:
         staging.mkdir()
-        held = locked(staging)
+        held = FolderLock(staging)
         try:
             for name, document in documents.items():
                 (staging / name).mkdir(parents=True, exist_ok=True)
@@ -298,7 +315,7 @@ def _create(path: Path, manifest: Manifest) -> None:
             staging.rename(path)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-            os.close(held)
+            held.close()
     except OSError as error:
         if path.exists():  # two writers started at once
             raise CacheError(f"{path} was just made by another process; run again") from error
@@ -308,13 +325,31 @@ def _create(path: Path, manifest: Manifest) -> None:
     fsync(path.parent)
 
 
+def _create_at_url(path: Url, manifest: Manifest) -> None:
+    """Lay out an empty cache; the root's document, without which there is none, comes last."""
+    for name, document in _documents(manifest).items():
+        (path / name / "zarr.json" if name != "." else path / "zarr.json").write_bytes(document)
+
+
+def _documents(manifest: Manifest) -> dict[str, bytes]:
+    """The zarr.json of every node of an empty cache by its path, the root's (`.`) last."""
+    groups: dict[str, dict[str, Any]] = {"commits": {}, "features": {}}
+    groups |= {tap.folder: tap.as_json() for tap in manifest.taps}
+    documents = {name: group_document(attributes) for name, attributes in groups.items()}
+    documents |= {spec.path: array_document(spec, manifest) for spec in manifest.arrays()}
+    nodes = {name: node_digest(json.loads(text)) for name, text in documents.items()}
+    documents["skipped"] = AllRemarks().document()
+    documents["."] = Root(manifest=manifest, nodes=nodes, array_rows=0, shards=0).document()
+    return documents
+
+
 def _sweep_staging(path: Path) -> None:
     """Remove what killed processes left of creating the same cache."""
     for folder in path.parent.glob(f"{glob.escape(path.name)}.*{TEMPORARY_SUFFIX}"):
         with contextlib.suppress(CacheError, OSError):  # another process is at it
-            held = locked(folder)
+            held = FolderLock(folder)
             shutil.rmtree(folder, ignore_errors=True)
-            os.close(held)
+            held.close()
 
 
 def array_document(spec: ArraySpec, manifest: Manifest) -> bytes:
@@ -349,16 +384,6 @@ def array_document(spec: ArraySpec, manifest: Manifest) -> bytes:
     return node_bytes(json.loads(store._store_dict["zarr.json"].to_bytes()))
 
 
-def locked(path: Path) -> int:
-    """The cache's lock, until the returned descriptor is closed; CacheError when another has it."""
-    descriptor = lock(path)
-    if descriptor is None:
-        raise CacheError(
-            f"{path} is being written by another process; wait for it or stop it, then run again"
-        )
-    return descriptor
-
-
 def _in_its_generations(asked: Manifest, found: Manifest) -> Manifest:
     """What was asked for, with parts that were refreshed under the names they have since."""
     generations = {tap.name: tap.generation for tap in found.taps}
@@ -371,7 +396,7 @@ def _in_its_generations(asked: Manifest, found: Manifest) -> Manifest:
     )
 
 
-def _check_same(path: Path, found: Manifest, asked: Manifest) -> None:
+def _check_same(path: Place, found: Manifest, asked: Manifest) -> None:
     """Refuse to mix rows made in two ways; a change of library versions is only worth a warning."""
     for what, here, wanted in (
         ("features", bool(found.taps), bool(asked.taps)),

@@ -78,6 +78,7 @@ def demo_command(out: Path, as_json: bool) -> None:
     epilog=example(
         "kdcache extract --images val2017 --coco instances_val2017.json --val-fraction 0.1 \\",
         "    --yolo yolov9_e.onnx --teacher 2020-09-23a.pth --out coco.zarr",
+        "kdcache extract … --out s3://bucket/coco.zarr --dask tcp://10.0.0.1:8786",
     )
 )
 @input_options
@@ -87,10 +88,26 @@ def demo_command(out: Path, as_json: bool) -> None:
     help="Compute one part of the cache anew, with the --teacher or --yolo given.",
 )
 @option("--strict", is_flag=True, help="Stop at the first image that cannot be used.")
+@option(
+    "--dask", "scheduler", metavar="ADDRESS", help="Work on a dask cluster (or its .json file)."
+)
+@option(
+    "--local-workers",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Work in N processes here, one a GPU where there are GPUs.",
+)
 @config_options
 @json_option
 @with_logging_above_bars
-def extract(strict: bool, refresh: str | None, as_json: bool, **inputs: Any) -> None:
+def extract(
+    strict: bool,
+    scheduler: str | None,
+    local_workers: int | None,
+    refresh: str | None,
+    as_json: bool,
+    **inputs: Any,
+) -> None:
     """Run both frozen models over a dataset, once, into a cache.
 
     Run again to resume, or to append new images; exit status 3 when some images were skipped.
@@ -99,11 +116,26 @@ def extract(strict: bool, refresh: str | None, as_json: bool, **inputs: Any) -> 
     if refresh is not None:
         _refresh(refresh, as_json, **inputs)
         return
-    arguments = _inputs(**inputs)
-    from kdcache.precompute import extract as engine
+    if scheduler and local_workers:
+        raise click.UsageError("--dask and --local-workers: one of them")
+    arguments = {**_inputs(**inputs), "strict": strict, "progress": True}
     from kdcache.report import extract_text
 
-    report = engine.extract(**arguments, strict=strict, progress=True)
+    if scheduler or local_workers:
+        from kdcache import cluster
+        from kdcache.precompute.distributed import extract_on
+
+        workers = (
+            cluster.connected(scheduler)
+            if scheduler
+            else cluster.local_workers(local_workers or 1, device=arguments["device"], nthreads=2)
+        )
+        with workers as client:
+            report = extract_on(client, **arguments)
+    else:
+        from kdcache.precompute.extract import extract as extract_here
+
+        report = extract_here(**arguments)
     show(report, as_json, extract_text)
     if report.skipped or report.changed:
         sys.exit(EXIT_SKIPPED)

@@ -19,6 +19,7 @@ from kdcache.options import (
     leads,
     option,
     path,
+    place,
     show,
     train_options,
     with_logging_above_bars,
@@ -31,7 +32,7 @@ from kdcache.options import (
         "kdcache train coco.zarr --out runs/first --resume",
     )
 )
-@click.argument("cache", type=path, required=False)
+@click.argument("cache", type=place, required=False)
 @option("--out", type=path, help="Run folder to write; needed.")
 @option("--resume", is_flag=True, help="Go on with the run in --out, with its settings.")
 @option("--extend", is_flag=True, help="With --resume: to more --epochs than it had.")
@@ -294,7 +295,7 @@ def predict(
 @option(
     "--fixed-batch", type=click.IntRange(1), metavar="N", help="Take N images, no other number."
 )
-@option("--cache", type=path, help="Cache to calibrate on and to measure mIoU on (the run's own).")
+@option("--cache", type=place, help="Cache to calibrate on and to measure mIoU on (the run's own).")
 @option(
     "--calibration-rows",
     type=click.IntRange(1),

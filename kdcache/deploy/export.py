@@ -32,6 +32,7 @@ from kdcache.errors import CacheError, KdcacheError, ModelError
 from kdcache.imaging import IMAGENET_MEAN, IMAGENET_STD
 from kdcache.onnx_graph import read_model
 from kdcache.pixels import normalised
+from kdcache.places import Place, place_of
 from kdcache.train.loader import shuffled
 from kdcache.train.metrics import compare, mean
 from kdcache.train.run_folder import check_cache, read_record
@@ -175,7 +176,7 @@ def export(
     return report
 
 
-def own_cache(student: Path, given: Path | None) -> Cache | None:
+def own_cache(student: Path, given: Place | None) -> Cache | None:
     """The cache that was given, else the one that a run was trained from, if that is still there.
 
     What lies there now and is none, or another's, is not used, and said.
@@ -185,7 +186,7 @@ def own_cache(student: Path, given: Path | None) -> Cache | None:
     if not student.is_dir():
         return None
     record = read_record(student)
-    path = Path(record["cache"])
+    path = place_of(record["cache"])
     if not path.exists():
         return None
     try:

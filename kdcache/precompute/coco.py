@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from pycocotools import mask as coco_mask
 
 from kdcache.errors import DatasetError, SampleError
 from kdcache.imaging import IGNORE, PERSON, U8
+from kdcache.places import Place
 
 PERSON_CATEGORY = "person"
 
@@ -135,7 +136,7 @@ class _BadEntryError(ValueError):
     """The message says what is wrong with an entry of a list."""
 
 
-def read_coco(path: Path) -> tuple[dict[str, list[dict[str, Any]]], dict[str, str]]:
+def read_coco(path: Place) -> tuple[dict[str, list[dict[str, Any]]], dict[str, str]]:
     """The three lists of a COCO file, each entry checked for the fields that are used of it.
 
     Beside them the images that cannot be used, by name, with the reason. Raises DatasetError where
@@ -199,5 +200,5 @@ def _check_name(name: str) -> None:
         raise _BadEntryError("its file name is not valid UTF-8; rename it") from error
     if "\0" in name:
         raise _BadEntryError("its file name holds a NUL, which no file can have")
-    if name.startswith("/") or ".." in Path(name).parts:
+    if name.startswith("/") or ".." in PurePosixPath(name).parts:
         raise _BadEntryError(f"its file name {name!r} leads out of the --images folder")

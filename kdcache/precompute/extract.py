@@ -6,22 +6,23 @@ bounded, so memory does not grow with the dataset.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from kdcache.cache import codecs
 from kdcache.cache.format import Remarks
+from kdcache.cache.open_shard import EncodedRow, OpenShard
 from kdcache.cache.reader import Cache
-from kdcache.cache.writer import CacheWriter, EncodedRow
+from kdcache.cache.writer import CacheWriter
 from kdcache.config import ExtractConfig
 from kdcache.errors import (
     CacheError,
@@ -30,9 +31,19 @@ from kdcache.errors import (
     device_memory,
 )
 from kdcache.onnx_session import Device
+from kdcache.places import Place, Url, picture_of
 from kdcache.precompute.check import LOOKED_AT, first_look, say
 from kdcache.precompute.dataset import Dataset
-from kdcache.precompute.job import DEFAULT_BATCH, Job, bytes_per_row, gone, open_job, row_arrays
+from kdcache.precompute.job import (
+    DEFAULT_BATCH,
+    Job,
+    Models,
+    Survey,
+    bytes_per_row,
+    gone,
+    open_job,
+    row_arrays,
+)
 from kdcache.precompute.need import Need
 from kdcache.precompute.sources import Prepared, Tally, changed, prepare, twins
 from kdcache.precompute.stages import (
@@ -46,20 +57,20 @@ from kdcache.precompute.stages import (
     Stages,
     StageTimes,
 )
-from kdcache.precompute.teacher import Teacher
-from kdcache.precompute.yolo import Yolo
 from kdcache.progress import Progress
 from kdcache.stop import StopRequest
 from kdcache.tables import megabytes
 
 log = logging.getLogger(__name__)
 
+_ALWAYS: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractReport:
     """What an extraction did."""
 
-    cache: Path
+    cache: Place
     device: str
     rows_added: int
     rows_total: int
@@ -80,7 +91,7 @@ class ExtractReport:
 def extract(
     config: ExtractConfig,
     dataset: Dataset,
-    out: Path,
+    out: Place,
     *,
     split: str = "train",
     device: Device = "auto",
@@ -102,54 +113,81 @@ def extract(
     stages = Stages(workers)
     prepared = prepare(job.todo, config.size, config.resize, workers, tally, stages)
     first = list(itertools.islice(prepared, 0 if job.known else LOOKED_AT))
-    if not first and not job.known:
-        reasons = "; ".join(
-            f"{name}: {why}" for name, why in itertools.islice(tally.skipped.items(), 3)
-        )
-        raise DatasetError(f"none of the {len(job.todo)} images can be used ({reasons})")
+    if not job.known:
+        refuse_nothing(first, job, tally.skipped)
     if first:
         _look(first, job, out, progress)
     elif job.todo:
-        _refuse_if_too_much(_known_bytes(out), job, out)
+        refuse_if_too_much(known_bytes(out), job, out)
     size = batch_size or DEFAULT_BATCH[job.device]
     if job.todo:
         warm_up(job, size)
-    with StopRequest().listening() as stop, CacheWriter(out, job.manifest) as writer:
-        _refuse_if_overtaken(job, writer, out)
+    rows = itertools.chain(first, prepared)
+
+    def fill(writer: CacheWriter, bar: Progress, stop: StopRequest) -> None:
+        stopped = lambda: stop.asked  # noqa: E731
+        run(rows, job, writer, size, tally, bar, stopped, stages)
+        with stages.busy(WRITE):
+            writer.commit()
+
+    return into_cache(
+        job,
+        fill,
+        workers=workers,
+        tally=tally,
+        stages=stages,
+        started=started,
+        progress=progress,
+    )
+
+
+Fill = Callable[[CacheWriter, Progress, StopRequest], None]
+
+
+def into_cache(
+    job: Job,
+    fill: Fill,
+    *,
+    workers: int,
+    tally: Tally,
+    stages: Stages,
+    started: float,
+    progress: bool,
+) -> ExtractReport:
+    """Let `fill` write the rows that are to be done, with all that is around that."""
+    with StopRequest().listening() as stop, CacheWriter(job.out, job.manifest) as writer:
+        _refuse_if_overtaken(job, writer, job.out)
         committed = [(sample, job.known[key]) for key, sample in job.planned if key in job.known]
         old = changed(committed, workers, progress, stop)
         models_ready = time.monotonic()
         stages.clear()
         writer.expect(len(job.todo))
         before = len(writer.committed)
-        rows = itertools.chain(first, prepared)
 
         def facts() -> list[str]:
             return [megabytes(writer.bytes_written), f"{len(tally.skipped)} skipped"]
 
         with Progress("extract", len(job.todo), "image", shown=progress, facts=facts) as bar:
-            run(rows, job.yolo, job.teacher, writer, size, tally, bar, stop, stages)
-        with stages.busy(WRITE):
-            writer.commit()
+            fill(writer, bar, stop)
         times = stages.times()
         total = len(writer.committed)
         remarks = Remarks(
             skipped=tally.skipped,
-            left_out=dataset.left_out,
+            left_out=job.dataset.left_out,
             changed=old,
             doubtful=tally.doubtful,
-            gone=gone(job.planned, job.known) if limit is None else [],
+            gone=gone(job.planned, job.known) if job.whole else [],
         )
         same = twins(tally.pixels.items())
         # a stopped run has not seen all of the dataset
-        writer.remark(_key(dataset, split), remarks, same, replace=not stop.asked)
+        writer.remark(_key(job.dataset, job.split), remarks, same, replace=not stop.asked)
         if stop.asked:
             raise KeyboardInterrupt
     ended = time.monotonic()
-    cache = Cache(out)
+    cache = Cache(job.out)
     new_commits = [commit for commit in cache.commits if job.known.keys().isdisjoint(commit.keys)]
     return ExtractReport(
-        cache=out,
+        cache=job.out,
         device=job.device,
         rows_added=total - before,
         rows_total=total,
@@ -163,7 +201,15 @@ def extract(
     )
 
 
-def _refuse_if_overtaken(job: Job, writer: CacheWriter, out: Path) -> None:
+def refuse_nothing(first: Sequence[Prepared], survey: Survey, skipped: Mapping[str, str]) -> None:
+    """Raise DatasetError where none of the images can be used."""
+    if not first:
+        some = itertools.islice(skipped.items(), 3)
+        reasons = "; ".join(f"{name}: {why}" for name, why in some)
+        raise DatasetError(f"none of the {len(survey.todo)} images can be used ({reasons})")
+
+
+def _refuse_if_overtaken(job: Job, writer: CacheWriter, out: Place) -> None:
     """What is to be done, and whether it is in another split, was told by the rows known before the
     cache was this process's alone."""
     if writer.committed != job.known.keys():
@@ -175,25 +221,27 @@ def _refuse_if_overtaken(job: Job, writer: CacheWriter, out: Path) -> None:
 
 def _key(dataset: Dataset, split: str) -> str:
     """Stands for a dataset in the cache's remarks, without telling where it lies."""
-    return hashlib.sha256(f"{split}: {dataset.images.resolve()}".encode()).hexdigest()[:16]
+    images = dataset.images if isinstance(dataset.images, Url) else dataset.images.resolve()
+    return hashlib.sha256(f"{split}: {images}".encode()).hexdigest()[:16]
 
 
-def _look(first: Sequence[Prepared], job: Job, out: Path, progress: bool) -> None:
+def _look(first: Sequence[Prepared], job: Job, out: Place, progress: bool) -> None:
     """Say what both models score on the first photos, and refuse what cannot fit on the disk."""
-    picture = out.with_name(out.name + "-check.png")
+    picture = picture_of(out, "-check.png")
     found, seen = first_look(first, job.yolo, job.teacher, picture, progress=progress)
     say(found, picture)
-    _refuse_if_too_much(bytes_per_row(seen, job.manifest), job, out)
+    refuse_if_too_much(bytes_per_row(seen, job.manifest), job, out)
 
 
-def _known_bytes(out: Path) -> float:
+def known_bytes(out: Place) -> float:
     """Bytes of a row in the cache that there is."""
     commits = Cache(out).commits
     total = sum(o.size_bytes for commit in commits for o in commit.objects.values())
     return total / sum(len(commit.keys) for commit in commits)
 
 
-def _refuse_if_too_much(a_row: float, job: Job, out: Path) -> None:
+def refuse_if_too_much(a_row: float, job: Job, out: Place) -> None:
+    """Raise CacheError where the rows, of so many bytes each, do not fit on the disk."""
     specs, shard_rows = job.manifest.arrays(), job.manifest.shard_rows
     Need.of(specs, shard_rows, a_row, len(job.todo)).refuse_if_too_much(
         out,
@@ -204,19 +252,19 @@ def _refuse_if_too_much(a_row: float, job: Job, out: Path) -> None:
 
 def run(
     rows: Iterable[Prepared],
-    yolo: Yolo | None,
-    teacher: Teacher | None,
-    writer: CacheWriter,
+    models: Models,
+    writer: CacheWriter | OpenShard,
     batch_size: int,
     tally: Tally,
     bar: Progress,
-    stop: StopRequest,
+    stopped: Callable[[], bool],
     stages: Stages,
+    turn: contextlib.AbstractContextManager[object] = _ALWAYS,
 ) -> None:
     """Both models over batches of one constant size.
 
     Threads encode and compress the rows, one writes them in order. When a stop is asked for, the
-    rows of the batch at hand are the last.
+    rows of the batch at hand are the last. The models run inside `turn`, where others wait for it.
     """
     ahead = max(2 * batch_size, stages.workers)
     with (
@@ -225,16 +273,20 @@ def run(
     ):
         writing: deque[tuple[Prepared, Future[None]]] = deque()
         for batch in stages.waited_for(_batched(rows, batch_size), FOR_PHOTOS):
-            if stop.asked:
+            if stopped():
                 break
             with device_memory("stacking a batch", "lower --batch-size"):
                 images = np.stack([row.image for row in batch])
                 padding = np.repeat(images[-1:], batch_size - len(batch), axis=0)
                 images = np.concatenate([images, padding])
-            with stages.busy(DETECTOR):
-                features = [None] * batch_size if yolo is None else yolo.features(images)
-            with stages.busy(TEACHER):
-                logits = [None] * batch_size if teacher is None else teacher.logits(images)
+            with turn, stages.busy(DETECTOR):
+                features = (
+                    [None] * batch_size if models.yolo is None else models.yolo.features(images)
+                )
+            with turn, stages.busy(TEACHER):
+                logits = (
+                    [None] * batch_size if models.teacher is None else models.teacher.logits(images)
+                )
             for row, feature_CHW, logits_HW in zip(batch, features, logits, strict=False):
                 encoded = encoders.submit(_encode, writer, row, feature_CHW, logits_HW, stages)
                 writing.append((row, pool.submit(_write, writer, encoded, stages)))
@@ -255,23 +307,24 @@ def _batched(rows: Iterable[Prepared], size: int) -> Iterator[list[Prepared]]:
         yield batch
 
 
-def warm_up(job: Job, batch_size: int) -> None:
+def warm_up(models: Models, batch_size: int) -> None:
     """Run both models once at the size of the batches to come, before any clock.
 
     On a GPU that chooses kernels, with TensorRT it builds an engine for minutes; on the CPU it does
     nothing but cost a batch.
     """
-    if job.device == "cpu":
+    if models.device == "cpu":
         return
-    images = np.zeros((batch_size, job.manifest.size_px, job.manifest.size_px, 3), np.uint8)
-    if job.yolo is not None:
-        job.yolo.features(images)
-    if job.teacher is not None:
-        job.teacher.logits(images)
+    size_px = models.manifest.size_px
+    images = np.zeros((batch_size, size_px, size_px, 3), np.uint8)
+    if models.yolo is not None:
+        models.yolo.features(images)
+    if models.teacher is not None:
+        models.teacher.logits(images)
 
 
 def _encode(
-    writer: CacheWriter,
+    writer: CacheWriter | OpenShard,
     row: Prepared,
     feature_CHW: codecs.Array | None,
     logits_HW: codecs.F32 | None,
@@ -283,7 +336,7 @@ def _encode(
         return writer.encoded(row.key, arrays)
 
 
-def _write(writer: CacheWriter, encoded: Future[EncodedRow], stages: Stages) -> None:
+def _write(writer: CacheWriter | OpenShard, encoded: Future[EncodedRow], stages: Stages) -> None:
     row = encoded.result()
     with stages.busy(WRITE):
         writer.append(row)

@@ -22,6 +22,7 @@ from kdcache.devices import present
 from kdcache.errors import CacheError, ConfigError, SampleError
 from kdcache.imaging import INTERPOLATION
 from kdcache.onnx_session import Device
+from kdcache.places import Place, size_bytes
 from kdcache.precompute.coco import PERSON_CATEGORY
 from kdcache.precompute.dataset import Dataset, Sample, split_of
 from kdcache.precompute.need import stored_bytes
@@ -36,22 +37,37 @@ LOGITS_DTYPE = {"float32": "float32"}  # float16 with any other precision
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
-    """What there is to extract, and with what."""
+class Survey:
+    """What there is to extract."""
 
-    device: str
+    dataset: Dataset
+    out: Place
+    split: str
+    whole: bool  # the dataset was not limited, so rows that it does not have are gone from it
     planned: Sequence[tuple[RowKey, Sample]]
     known: Mapping[RowKey, Digests]  # rows that the cache has
     todo: Sequence[tuple[RowKey, Sample]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Models:
+    """The frozen models on one device, and what the cache they make is like."""
+
+    device: str
     yolo: Yolo | None  # None: the cache is to hold no features
     teacher: Teacher | None  # None: … no logits
     manifest: Manifest
 
 
+@dataclass(frozen=True, kw_only=True)
+class Job(Survey, Models):
+    """What there is to extract, and with what."""
+
+
 def open_job(
     config: ExtractConfig,
     dataset: Dataset,
-    out: Path,
+    out: Place,
     *,
     split: str,
     device: Device,
@@ -60,29 +76,57 @@ def open_job(
 ) -> Job:
     """Find out what is to be done and load the models; nothing is written."""
     place_on = present(device)
+    found = survey(config, dataset, out, split=split, limit=limit, tally=tally)
+    return Job(**vars(found), **vars(open_models(config, place_on)))
+
+
+def open_models(config: ExtractConfig, device: str) -> Models:
+    """The models that the settings want to be run, on a device that is present."""
+    yolo, teacher = _load_models(config, device)
+    manifest = _manifest(config, yolo, teacher, device)
+    return Models(device=device, yolo=yolo, teacher=teacher, manifest=manifest)
+
+
+def survey(
+    config: ExtractConfig,
+    dataset: Dataset,
+    out: Place,
+    *,
+    split: str,
+    limit: int | None,
+    tally: Tally,
+) -> Survey:
+    """Find out what is to be done; no model is needed for that."""
     for name, reason in dataset.refused.items():
         tally.refuse(name, reason)
     planned = _planned(dataset, config, split, limit)
-    if out.exists() and not (out / "zarr.json").is_file():
+    if _is_foreign(out):
         raise CacheError(f"--out {out} exists and is not a kdcache cache; choose another")
     known = _known(out)
     tally.pixels |= {key: digests.pixels_sha256 for key, digests in known.items()}
     _refuse_second_split(planned, known, out)
-    yolo, teacher = _load_models(config, place_on)
-    return Job(
-        device=place_on,
+    todo = [(key, sample) for key, sample in planned if key not in known]
+    return Survey(
+        dataset=dataset,
+        out=out,
+        split=split,
+        whole=limit is None,
         planned=planned,
         known=known,
-        todo=[(key, sample) for key, sample in planned if key not in known],
-        yolo=yolo,
-        teacher=teacher,
-        manifest=_manifest(config, yolo, teacher, place_on),
+        todo=todo,
     )
 
 
-def _known(out: Path) -> dict[RowKey, Digests]:
+def _is_foreign(out: Place) -> bool:
+    """Whether something is there that is no cache, nor what a killed writer left of making one."""
+    if not out.exists() or (out / "zarr.json").is_file():
+        return False
+    return isinstance(out, Path) or not all(name.endswith("zarr.json") for name in out.files())
+
+
+def _known(out: Place) -> dict[RowKey, Digests]:
     """The rows that a cache holds already, if there is one."""
-    if not out.exists():
+    if not (out / "zarr.json").is_file():
         return {}
     found = Cache(out)
     return {key: Digests.of(row.details) for key, row in zip(found.keys, found, strict=True)}
@@ -106,7 +150,7 @@ def _split(sample: Sample, config: ExtractConfig, split: str) -> str:
 
 
 def _refuse_second_split(
-    planned: Sequence[tuple[RowKey, Sample]], known: Mapping[RowKey, Digests], out: Path
+    planned: Sequence[tuple[RowKey, Sample]], known: Mapping[RowKey, Digests], out: Place
 ) -> None:
     """The same photo in train and val would make the validation score a lie.
 
@@ -119,7 +163,7 @@ def _refuse_second_split(
             continue
         other = known[key._replace(split=split)]
         try:
-            if sample.image_path.stat().st_size != other.image_bytes:
+            if size_bytes(sample.image_path) != other.image_bytes:
                 continue
             image = sample.read().image
         except (OSError, ValueError, SampleError):

@@ -6,7 +6,6 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +14,7 @@ from kdcache.cache.layout import ArraySpec
 from kdcache.cache.shard import encode_chunk, index_bytes
 from kdcache.config import Compression
 from kdcache.errors import CacheError
+from kdcache.places import Place, Url
 from kdcache.tables import megabytes
 
 # The file system's own blocks, commit records, and rows that compress worse than those looked at.
@@ -53,11 +53,13 @@ class Need:
             files=shards * (arrays + 2) + 2 * arrays + 12,
         )
 
-    def fits(self, space_bytes: int, files: int | None) -> bool:
+    def fits(self, space_bytes: int | None, files: int | None) -> bool:
         """Whether so much space and so many files (None: uncounted) are enough, with a margin."""
-        return self.size_bytes * _MARGIN <= space_bytes and (files is None or self.files <= files)
+        return (space_bytes is None or self.size_bytes * _MARGIN <= space_bytes) and (
+            files is None or self.files <= files
+        )
 
-    def refuse_if_too_much(self, out: Path, instead: str) -> None:
+    def refuse_if_too_much(self, out: Place, instead: str) -> None:
         """Raise CacheError where the disk of `out` has not the space or files left for it.
 
         `instead` is what to do but making room.
@@ -65,7 +67,7 @@ class Need:
         space, files = free(out)
         if self.fits(space, files):
             return
-        if self.size_bytes * _MARGIN > space:
+        if space is not None and self.size_bytes * _MARGIN > space:
             raise CacheError(
                 f"{self.rows} rows will take about {megabytes(self.size_bytes)}, {out} has "
                 f"{megabytes(space)} left: make room{instead}"
@@ -76,8 +78,10 @@ class Need:
         )
 
 
-def free(out: Path) -> tuple[int, int | None]:
-    """Bytes, and files where the disk counts them, that are left where `out` is or will be."""
+def free(out: Place) -> tuple[int | None, int | None]:
+    """Bytes and files that are left where `out` is or will be, or None where nothing counts them."""
+    if isinstance(out, Url):
+        return None, None
     folder = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     files = os.statvfs(folder).f_favail
     return shutil.disk_usage(folder).free, files or None  # btrfs and network disks say 0

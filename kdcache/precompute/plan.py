@@ -19,6 +19,7 @@ from kdcache.cache.writer import CacheWriter
 from kdcache.config import ExtractConfig, Precision
 from kdcache.errors import DatasetError
 from kdcache.onnx_session import Device
+from kdcache.places import Place, Url
 from kdcache.precompute.check import Check, Seen, first_look, look
 from kdcache.precompute.dataset import Dataset, Sample
 from kdcache.precompute.extract import run, warm_up
@@ -58,7 +59,7 @@ class Plan:
     bytes: int
     files: int
     seconds: float
-    free_bytes: int
+    free_bytes: int | None  # of a disk, not of a store at a URL
     free_files: int | None
     fits: bool
     costs: Mapping[str, Cost]  # by precision
@@ -73,7 +74,7 @@ class Plan:
 def plan(
     config: ExtractConfig,
     dataset: Dataset,
-    out: Path,
+    out: Place,
     *,
     split: str = "train",
     device: Device = "auto",
@@ -109,7 +110,7 @@ def plan(
     ) as scratch:
         pace = _Pace(
             image_s=_image_s(job, trial, config, scratch, size, workers, progress),
-            write_bytes_per_s=_write_speed(scratch),
+            write_bytes_per_s=_write_speed(out if isinstance(out, Url) else scratch),
         )
     pixels_bytes = _pixels_bytes(job, config, workers, tally)
     costs = {
@@ -146,18 +147,25 @@ def _spread(todo: Sequence[tuple[RowKey, Sample]], count: int) -> list[tuple[Row
 
 
 @contextlib.contextmanager
-def _scratch(out: Path, needed_bytes: float) -> Iterator[Path]:
+def _scratch(out: Place, needed_bytes: float) -> Iterator[Path]:
     """A folder for a trial, beside `out` where the space for it is there: plans are for full disks too."""
-    beside = next(path for path in out.absolute().parents if path.exists())
-    folder = beside if free(out)[0] > needed_bytes else None
+    folder = None
+    if isinstance(out, Path) and (free(out)[0] or 0) > needed_bytes:
+        folder = next(path for path in out.absolute().parents if path.exists())
     with tempfile.TemporaryDirectory(dir=folder, prefix=".kdcache-plan-") as scratch:
         yield Path(scratch)
 
 
-def _write_speed(folder: Path) -> float:
-    """Bytes a second that reach the disk."""
+def _write_speed(folder: Place) -> float:
+    """Bytes a second that reach the disk, or the store that `folder` is to be in."""
     data = np.random.default_rng(0).bytes(_WRITTEN_BYTES)
     started = time.monotonic()
+    if isinstance(folder, Url):
+        target = folder.parent / f"{folder.name}.kdcache-plan"
+        target.write_bytes(data)
+        seconds = time.monotonic() - started
+        target.unlink(missing_ok=True)
+        return _WRITTEN_BYTES / seconds
     with (folder / "speed").open("wb") as file:
         file.write(data)
         file.flush()
@@ -191,7 +199,8 @@ def _image_s(
         CacheWriter(folder / "trial", job.manifest) as writer,
         Progress("trial", len(trial), "image", shown=progress) as bar,
     ):
-        run(rows, job.yolo, job.teacher, writer, batch_size, tally, bar, stop, Stages(workers))
+        stages, stopped = Stages(workers), lambda: stop.asked
+        run(rows, job, writer, batch_size, tally, bar, stopped, stages)
         writer.commit()
         if stop.asked:
             raise KeyboardInterrupt

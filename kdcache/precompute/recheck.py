@@ -22,6 +22,7 @@ from kdcache.devices import present
 from kdcache.errors import CacheError, FingerprintError
 from kdcache.onnx_graph import model_sha256
 from kdcache.onnx_session import Device
+from kdcache.places import Place
 from kdcache.precompute.teacher import Teacher, network_settings
 from kdcache.precompute.yolo import Yolo
 
@@ -35,7 +36,7 @@ _SMALLEST_ALLOWED = 1e-60  # a map of zeros allows no error, and nothing is divi
 
 
 def verify_with_models(
-    path: Path,
+    path: Place,
     *,
     yolo: Path | None = None,
     teacher: Path | None = None,

@@ -8,7 +8,6 @@ import itertools
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +21,7 @@ from kdcache.config import ExtractConfig
 from kdcache.devices import present
 from kdcache.errors import CacheError, ConfigError, FingerprintError, SampleError, nearest
 from kdcache.onnx_session import Device
+from kdcache.places import Place, picture_of
 from kdcache.precompute.check import LOOKED_AT, first_look, say
 from kdcache.precompute.job import (
     DEFAULT_BATCH,
@@ -46,7 +46,7 @@ _Arrays = Mapping[str, NDArray[np.generic]]
 class RefreshReport:
     """What a refresh did."""
 
-    cache: Path
+    cache: Place
     part: str
     device: str
     rows: int
@@ -56,7 +56,7 @@ class RefreshReport:
 
 def refresh(
     config: ExtractConfig,
-    path: Path,
+    path: Place,
     part: str,
     *,
     device: Device = "auto",
@@ -109,7 +109,7 @@ def refresh(
 
 
 @contextlib.contextmanager
-def _unchanged(path: Path) -> Iterator[None]:
+def _unchanged(path: Place) -> Iterator[None]:
     """An error of the disk in words: the cache has its old part still."""
     try:
         yield
@@ -130,7 +130,7 @@ def _look(cache: Cache, model: Yolo | Teacher, manifest: Manifest, progress: boo
         for row in (cache[int(number)] for number in numbers)
     ]
     yolo, teacher = (model, None) if isinstance(model, Yolo) else (None, model)
-    picture = cache.path.with_name(cache.path.name + "-check.png")
+    picture = picture_of(cache.path, "-check.png")
     found, seen = first_look(photos, yolo, teacher, picture, progress=progress)
     say(found, picture)
     old = {spec.path for spec in cache.manifest.arrays()}

@@ -14,6 +14,7 @@ from kdcache.cache.format import RowKey
 from kdcache.config import ResizeMode
 from kdcache.errors import CacheError, DatasetError, SampleError
 from kdcache.imaging import U8, decode_image, exif_orientation, place, resize_image, resize_mask
+from kdcache.places import THREADS_AT_URL, Url
 from kdcache.precompute.dataset import Sample
 from kdcache.precompute.stages import DECODE, Stages
 from kdcache.progress import Progress
@@ -52,6 +53,16 @@ class Tally:
             self.doubtful[row.key.sample_id] = row.doubt
         self.handled += 1
 
+    def add(
+        self, pixels: Mapping[RowKey, str], skipped: Mapping[str, str], doubtful: Mapping[str, str]
+    ) -> None:
+        """What became of the samples of a shard; raises DatasetError for a skipped one when `strict`."""
+        self.pixels.update(pixels)
+        self.doubtful.update(doubtful)
+        self.handled += len(pixels)
+        for sample_id, reason in skipped.items():
+            self.skip(sample_id, reason)
+
     def skip(self, sample_id: str, reason: str) -> None:
         """The sample cannot be a row; raises DatasetError when `strict`."""
         self.refuse(sample_id, reason)
@@ -76,8 +87,11 @@ def prepare(
     tally: Tally,
     stages: Stages | None = None,
 ) -> Iterator[Prepared]:
-    """Decoded samples in order, `2 · workers` ahead at most; bad ones go to the tally."""
+    """Decoded samples in order, twice as many ahead as threads at most; bad ones go to the tally."""
     waiting: deque[tuple[RowKey, Future[Prepared]]] = deque()
+    todo = list(todo)
+    at_url = bool(todo) and isinstance(todo[0][1].image_path, Url)
+    threads = max(workers, THREADS_AT_URL) if at_url else workers
 
     def finished() -> Iterator[Prepared]:
         key, future = waiting.popleft()
@@ -92,11 +106,11 @@ def prepare(
         with clock.busy(DECODE):
             return _decoded(key, sample, size_px, resize)
 
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
     try:
         for key, sample in todo:
             waiting.append((key, pool.submit(decoded, key, sample)))
-            if len(waiting) > 2 * workers:
+            if len(waiting) > 2 * threads:
                 yield from finished()
         while waiting:
             yield from finished()

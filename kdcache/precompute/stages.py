@@ -75,6 +75,12 @@ class Stages:
                 return
             yield item
 
+    def add(self, times: StageTimes, processes: int) -> None:
+        """Count what one of several processes did: the mean of them is told."""
+        with self._lock:
+            for stage, seconds in times.busy_s.items():
+                self._busy_s[stage] += seconds / processes
+
     def times(self) -> StageTimes:
         """What was measured since the start."""
         threads = dict.fromkeys(self._busy_s, 1)

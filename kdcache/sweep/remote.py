@@ -37,6 +37,7 @@ from kdcache.cluster import (
     unsealed,
 )
 from kdcache.errors import CacheError, ClusterError
+from kdcache.places import Place, absolute
 from kdcache.stop import StopRequest
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def cluster_crew(
         stale.unlink(missing_ok=True)
     mark = out.absolute() / f".visible-{uuid.uuid4().hex}"
     mark.touch()
-    sight = (cache.path.absolute(), [c.shard for c in cache.commits], _digest(cache), mark, files)
+    sight = (absolute(cache.path), [c.shard for c in cache.commits], _digest(cache), mark, files)
     try:
         with connected(address) as client:
             yield Workers(client, device, jobs, sight)
@@ -91,7 +92,7 @@ class Workers:
         client: Client,
         device: str,
         jobs: int | None,
-        sight: tuple[Path, list[int], str, Path, Sequence[str]],
+        sight: tuple[Place, list[int], str, Path, Sequence[str]],
     ) -> None:
         self._client, self._device, self._jobs, self._sight = client, device, jobs, sight
         self._token = uuid.uuid4().hex

@@ -26,6 +26,7 @@ from kdcache.cache.reader import Cache
 from kdcache.config import TrainConfig, validated
 from kdcache.durable import lock, write_atomic
 from kdcache.errors import ConfigError, RunError
+from kdcache.places import Place, absolute, place_of
 from kdcache.stop import StopRequest
 from kdcache.sweep.grid import Axes, Range, combinations, run_name
 from kdcache.sweep.live import Live
@@ -66,7 +67,7 @@ class _Sweep:
     """The sweep in a folder."""
 
     out: Path
-    cache: Path
+    cache: Place
     fingerprint: Mapping[str, str]
     shards: Sequence[int]
     base: Mapping[str, Any]
@@ -93,7 +94,7 @@ class _Sweep:
 
 
 def sweep(
-    cache_path: Path,
+    cache_path: Place,
     out: Path,
     axes: Axes,
     base: TrainConfig,
@@ -116,8 +117,8 @@ def sweep(
     """
     started = time.monotonic()
     if dask is not None:  # its workers have folders of their own to work in
-        cache_path, out = cache_path.absolute(), out.absolute()
-    if out.resolve().is_relative_to(cache_path.resolve()):
+        cache_path, out = absolute(cache_path), out.absolute()
+    if isinstance(cache_path, Path) and out.resolve().is_relative_to(cache_path.resolve()):
         raise RunError(f"--out {out} is inside the cache {cache_path}; choose another")
     cache = Cache(cache_path)
     asked = combinations(axes, base, random=random, seed=base.seed) if axes else []
@@ -278,7 +279,7 @@ def _read(out: Path) -> _Sweep | None:
         return None
     try:
         record = json.loads(path.read_text())
-        return _Sweep(out=out, **(record | {"cache": Path(record["cache"])}))
+        return _Sweep(out=out, **(record | {"cache": place_of(record["cache"])}))
     except (ValueError, TypeError, KeyError) as error:
         raise RunError(f"{path} is no record of a sweep: {error}; choose another --out") from error
 

@@ -19,6 +19,7 @@ from typing import Protocol
 import torch
 
 from kdcache.errors import KdcacheError
+from kdcache.places import Place
 from kdcache.stop import StopRequest
 from kdcache.train.prepare import Start
 
@@ -30,7 +31,7 @@ _CONTEXT = multiprocessing.get_context("spawn")
 class Task:
     """Runs for one process: one, or several that train together."""
 
-    cache: Path
+    cache: Place
     starts: Sequence[Start]
     log: Path  # a file that what is said of them is added to
 

@@ -21,6 +21,7 @@ from kdcache.cache.layout import IMAGE, LOGITS, MASK, TapSpec
 from kdcache.cache.reader import Cache, Reading
 from kdcache.errors import CacheError, ConfigError
 from kdcache.pixels import normalised
+from kdcache.places import THREADS_AT_URL, Url
 
 T = TypeVar("T")
 
@@ -207,12 +208,15 @@ def read_stored(
     tally = Tally() if tally is None else tally
     ring = [_Buffers(cache, arrays, pinned) for _ in range(_AHEAD + 1)]
     waiting: deque[tuple[Sequence[int], dict[str, Tensor], list[Future[list[Reading]]]]] = deque()
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="read")
+    # at a URL a read is all waiting
+    threads = max(workers, THREADS_AT_URL) if isinstance(cache.path, Url) else workers
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="read")
     try:
         for number, rows in enumerate(groups):
             stored = ring[number % len(ring)].of(len(rows))
-            places = chunked(list(enumerate(rows)), -(-len(rows) // workers))
-            reads = [pool.submit(_read_rows, cache, some, stored) for some in places]
+            places = [(n, row, path) for n, row in enumerate(rows) for path in arrays]
+            shares = chunked(places, -(-len(places) // threads))
+            reads = [pool.submit(_read, cache, share, stored) for share in shares]
             waiting.append((rows, stored, reads))
             if len(waiting) > _AHEAD:
                 yield _finished(*waiting.popleft(), tally)
@@ -243,16 +247,12 @@ class _Buffers:
         return {path: tensor[:rows] for path, tensor in self._tensors.items()}
 
 
-def _read_rows(
-    cache: Cache, places: Sequence[tuple[int, int]], stored: Mapping[str, Tensor]
+def _read(
+    cache: Cache, places: Sequence[tuple[int, int, str]], stored: Mapping[str, Tensor]
 ) -> list[Reading]:
-    """Rows into their places in a batch, given as (place, row)."""
+    """Arrays of rows into their places in a batch, given as (place, row, array)."""
     arrays = {path: tensor.numpy() for path, tensor in stored.items()}
-    return [
-        cache.read_stored(row, path, array[n])
-        for n, row in places
-        for path, array in arrays.items()
-    ]
+    return [cache.read_stored(row, path, arrays[path][n]) for n, row, path in places]
 
 
 def _finished(

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from kdcache.config import TrainConfig
 from kdcache.drawing import save
 from kdcache.errors import KdcacheError, RunError, device_memory
+from kdcache.places import Place
 from kdcache.stop import StopRequest
 from kdcache.tables import megabytes
 from kdcache.train import schedule
@@ -68,7 +69,7 @@ class TrainReport:
 
 
 def train(
-    cache_path: Path,
+    cache_path: Place,
     out: Path,
     config: TrainConfig,
     *,

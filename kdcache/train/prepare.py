@@ -17,6 +17,7 @@ from kdcache.cache.reader import Cache
 from kdcache.config import TrainConfig
 from kdcache.errors import RunError, device_memory
 from kdcache.imaging import BACKGROUND, PERSON
+from kdcache.places import Place
 from kdcache.stop import StopRequest
 from kdcache.train.loader import read_batches, shuffled
 from kdcache.train.parallel import Processes
@@ -103,7 +104,7 @@ class Start:
 
 
 def prepared(
-    cache_path: Path,
+    cache_path: Place,
     start: Start,
     stack: contextlib.ExitStack,
     *,
@@ -118,7 +119,7 @@ def prepared(
     cache = (
         seen_cache(out, record, cache_path) if resume else Cache(cache_path, shards=start.shards)
     )
-    if out.resolve().is_relative_to(cache_path.resolve()):
+    if isinstance(cache_path, Path) and out.resolve().is_relative_to(cache_path.resolve()):
         raise RunError(f"--out {out} is inside the cache {cache_path}; choose another")
     if processes.leads:
         stack.enter_context(claimed(out))

@@ -32,6 +32,7 @@ from kdcache.cache.reader import Cache
 from kdcache.config import StudentTap, TrainConfig, load
 from kdcache.durable import TEMPORARY_SUFFIX, lock, write_atomic
 from kdcache.errors import RunError
+from kdcache.places import Place
 from kdcache.train.student import Projection, Student
 from kdcache.train.weights import read_student, save_student
 
@@ -141,7 +142,7 @@ def claimed(run: Path) -> Iterator[None]:
 
 
 def check_cache(
-    run: Path, record: dict[str, Any], path: Path, may_differ: Collection[str] = ()
+    run: Path, record: dict[str, Any], path: Place, may_differ: Collection[str] = ()
 ) -> None:
     """Raise RunError when a run meets a cache of other models or preprocessing than its own."""
     fingerprint = read_root(path).manifest.fingerprint
@@ -176,7 +177,7 @@ def write_config(run: Path, config: TrainConfig) -> None:
     write_atomic(run / "config.toml", config.to_toml().encode())
 
 
-def seen_cache(run: Path, record: dict[str, Any], path: Path) -> Cache:
+def seen_cache(run: Path, record: dict[str, Any], path: Place) -> Cache:
     """The cache with the rows that a run started with, whatever was added since.
 
     Raises RunError when those rows are gone, or others are in their place.

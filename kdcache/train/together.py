@@ -10,6 +10,7 @@ from pathlib import Path
 
 from kdcache.config import TrainConfig
 from kdcache.errors import KdcacheError, RunError
+from kdcache.places import Place
 from kdcache.stop import StopRequest
 from kdcache.train.loop import TrainReport, report_of, train_epochs
 from kdcache.train.parallel import Processes
@@ -39,7 +40,7 @@ def shared_settings(config: TrainConfig) -> tuple[object, ...]:
 
 
 def train_together(
-    cache_path: Path,
+    cache_path: Place,
     starts: Sequence[Start],
     *,
     device: str = "auto",

@@ -254,8 +254,6 @@ def test_missing_cache_and_unknown_tap_are_clear(small, tmp_path):
         kdcache.open(tmp_path / "nowhere")
     with pytest.raises(CacheError, match=f"no tap 'head'.*{TAP.name}"):
         kdcache.open(small).tap("head")
-    with pytest.raises(CacheError, match="local"):
-        kdcache.open("s3://bucket/c.zarr")
 
 
 def test_a_cache_shows_the_shards_asked_for_and_misses_lost_ones(small):

@@ -6,7 +6,7 @@ import hashlib
 
 import numpy as np
 
-from kdcache.cache.format import Commit, RowKey, commit_path, manifest_digest
+from kdcache.cache.format import Commit, RowKey, commit_name, manifest_digest
 from kdcache.cache.layout import Group, Manifest, TapSpec
 from kdcache.cache.reader import Cache
 from kdcache.cache.shard import ObjectRecord
@@ -50,8 +50,8 @@ def test_64000_committed_rows_take_under_20000_files(tmp_path):
                 size_bytes=10**8, sha256=digest, chunk_crc32c=checksums
             )
         keys = tuple(RowKey("train", name, 0) for name in names)
-        commit_path(out, "commits", shard).parent.mkdir()
-        commit_path(out, "commits", shard).write_bytes(
+        (out / commit_name("commits", shard)).parent.mkdir()
+        (out / commit_name("commits", shard)).write_bytes(
             Commit(shard=shard, manifest=digest_of_all, keys=keys, objects=objects).document()
         )
     cache = Cache(out)

@@ -84,7 +84,7 @@ def test_row_that_reached_some_arrays_only_is_never_committed(tmp_path, monkeypa
     write(tmp_path / "c", range(3))
     with CacheWriter(tmp_path / "c", MANIFEST) as writer:
         writer.append(writer.encoded(*make_row(3)))
-        files = list(writer._files.values())
+        files = list(writer._open._files.values())
 
         def full_disk(array: object) -> None:
             raise OSError(28, "No space left on device")

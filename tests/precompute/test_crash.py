@@ -21,7 +21,7 @@ import pytest
 from conftest import SIZE, Standins, rows_equal
 from tqdm import tqdm
 
-from kdcache.cache.format import commit_paths
+from kdcache.cache.format import commit_answers, commit_name
 from kdcache.cache.reader import Cache
 from kdcache.cache.verify import verify
 from kdcache.cli import main
@@ -106,14 +106,14 @@ def wait_for_commit(extraction: Extraction, out: Path) -> None:
 
 
 def commits(out: Path) -> int:
-    return len(commit_paths(out, "commits")) if (out / "commits").is_dir() else 0
+    return len(commit_answers(out, "commits")) if (out / "commits").is_dir() else 0
 
 
 def committed_files(out: Path) -> dict[str, tuple[int, int]]:
     """Inode and time of each file of committed shards: a row computed again would change them."""
     cache = Cache(out)
     files = [s.shard_path(c.shard) for c in cache.commits for s in cache.manifest.arrays()]
-    files += [path.relative_to(out).as_posix() for path in commit_paths(out, "commits")]
+    files += [commit_name("commits", shard) for shard in commit_answers(out, "commits")]
     return {name: ((out / name).stat().st_ino, (out / name).stat().st_mtime_ns) for name in files}
 
 
