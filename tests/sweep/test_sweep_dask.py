@@ -104,30 +104,6 @@ def test_killed_and_stopped_it_goes_on_and_ends_the_same(cache, alone, two_worke
     assert_same(out, alone)
 
 
-def test_a_killed_workers_runs_go_on_in_another(cache, alone, tmp_path, monkeypatch):
-    """The only one: its nanny starts the other."""
-    ready, killed = remote.Workers.ready, []
-    out = tmp_path / "s"
-
-    def kill_the_first(crew, timeout_s):
-        if not killed and crew._given and lines_written(out):
-            ((_, address),) = crew._given.values()
-            killed.append((out / "runs/kl_weight=0.5/metrics.jsonl").read_text())
-            os.kill(crew._admitted[address].pid, signal.SIGKILL)
-        return ready(crew, 0.05)
-
-    monkeypatch.setattr(remote.Workers, "ready", kill_the_first)
-    with (
-        daskprocesses.scheduler(tmp_path) as address,
-        daskprocesses.worker(address, tmp_path, KDCACHE_THREADS="1"),
-    ):
-        report = sweep(cache.path, out, {"kl_weight": [0.5]}, BASE, device="cpu", dask=address)
-    assert [run.state for run in report.runs] == ["done"]
-    assert_same(out, alone)
-    # the epoch that was finished, with its times, was not trained again
-    assert (out / "runs/kl_weight=0.5/metrics.jsonl").read_text().startswith(killed[0])
-
-
 def test_a_crew_that_is_closed_stops(cache, two_workers, tmp_path):
     (tmp_path / "s").mkdir()
     start = Start(out=tmp_path / "s/run", config=BASE.model_copy(update={"epochs": 500}))
@@ -140,6 +116,25 @@ def test_a_crew_that_is_closed_stops(cache, two_workers, tmp_path):
         crew.close()
     waited_for(lambda: _is_free(start.out))
     assert list((tmp_path / "s").glob(".visible-*")) == []
+
+
+def test_a_killed_workers_runs_go_on_in_another(cache, alone, two_workers, tmp_path, monkeypatch):
+    ready, killed = remote.Workers.ready, []
+    out = tmp_path / "s"
+
+    def kill_the_first(crew, timeout_s):
+        if not killed and crew._given and lines_written(out):
+            ((_, address),) = crew._given.values()
+            killed.append((out / "runs/kl_weight=0.5/metrics.jsonl").read_text())
+            os.kill(crew._admitted[address].pid, signal.SIGKILL)
+        return ready(crew, 0.05)
+
+    monkeypatch.setattr(remote.Workers, "ready", kill_the_first)
+    report = sweep(cache.path, out, {"kl_weight": [0.5]}, BASE, device="cpu", dask=two_workers)
+    assert [run.state for run in report.runs] == ["done"]
+    assert_same(out, alone)
+    # the epoch that was finished, with its times, was not trained again
+    assert (out / "runs/kl_weight=0.5/metrics.jsonl").read_text().startswith(killed[0])
 
 
 def test_a_worker_that_does_not_see_the_folder_is_refused(
@@ -165,6 +160,7 @@ def test_a_worker_says_what_it_does_not_see(cache, standins, tmp_path):
 
 
 def test_what_kills_every_worker_is_one_failed_run(cache, two_workers, tmp_path, monkeypatch):
+    """The third is one that its nanny started meanwhile."""
     monkeypatch.setattr(remote, "train", daskprocesses.dies)
     report = sweep(
         cache.path, tmp_path / "s", {"kl_weight": [0.5]}, BASE, device="cpu", dask=two_workers
