@@ -34,7 +34,11 @@ _ANSWERS = (FileExistsError, IsADirectoryError, NotADirectoryError, NotImplement
 
 # One layer retries, ours: with the client's own below it a dead server would take minutes to tell.
 _OPTIONS: dict[str, dict[str, Any]] = {
-    "s3": {"config_kwargs": {"retries": {"total_max_attempts": 1}, "max_pool_connections": 64}}
+    "s3": {
+        "config_kwargs": {"retries": {"total_max_attempts": 1}, "max_pool_connections": 64},
+        # more than one would ask for the size of each object before it is read
+        "max_concurrency": 1,
+    }
 }
 # Reads at once that hide the time each waits for its answer.
 THREADS_AT_URL = 16

@@ -70,5 +70,7 @@ class Store:
             environ["wsgi.input"].read()
         else:
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
-        start_response("503 Service Unavailable", [("Content-Type", "application/xml")])
-        return [b"<Error><Code>ServiceUnavailable</Code><Message>planted</Message></Error>"]
+        body = b"<Error><Code>ServiceUnavailable</Code><Message>planted</Message></Error>"
+        headers = [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))]
+        start_response("503 Service Unavailable", headers)
+        return [b"" if environ["REQUEST_METHOD"] == "HEAD" else body]

@@ -26,6 +26,8 @@ from kdcache.places import Url, children, files_below, place_of, read_some
 from kdcache.precompute.dataset import folder_dataset, unlabelled_dataset
 from kdcache.precompute.extract import extract
 from kdcache.precompute.plan import plan
+from kdcache.precompute.refresh import refresh
+from kdcache.standins import save_teacher
 from kdcache.train.loader import batches
 from kdcache.train.loop import train
 
@@ -312,3 +314,31 @@ def test_doctor_times_a_store_and_names_one_that_refuses(bucket, store):
     assert (told.level, "extract cannot append" in told.found) == ("note", True)
     (told,) = check_store(bucket / "new", gpu=False)
     assert (told.level, "7 attempts" in told.found) == ("problem", True)
+
+
+def test_a_part_is_refreshed_at_a_url_and_rows_are_added_after_it(
+    bucket, store, standins: Standins, tmp_path
+):
+    out = bucket / "c.zarr"
+    standins.extract(out, limit=6)
+    save_teacher(tmp_path / "other.onnx", bias=1.5)
+    config = standins.config(teacher_checkpoint=tmp_path / "other.onnx")
+    store.dies_after = 4
+    with pytest.raises(StorageError):
+        refresh(config, out, "teacher", device="cpu")
+    store.heal()
+    assert rows_equal(Cache(out), Cache(standins.extract(tmp_path / "old", limit=6).cache))
+    refresh(config, out, "teacher", device="cpu")
+    standins.extract(out, teacher_checkpoint=config.teacher_checkpoint)
+    here = Cache(
+        standins.extract(tmp_path / "c", teacher_checkpoint=config.teacher_checkpoint).cache
+    )
+    there = Cache(out)
+    ours_by_key = {row.key: row for row in there}
+    assert ours_by_key.keys() == set(here.keys)
+    for theirs in here:
+        ours = ours_by_key[theirs.key]
+        np.testing.assert_array_equal(ours.teacher_logits, theirs.teacher_logits)
+        np.testing.assert_array_equal(ours.image, theirs.image)
+    assert verify(out).ok
+    assert not any(name.startswith("teacher_logits/") for name in files_below(out))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ from kdcache.cache.layout import ArraySpec, Manifest
 from kdcache.cache.shard import Encoded, ShardFile, encode_chunk
 from kdcache.durable import fsync
 from kdcache.errors import CacheError
-from kdcache.places import Place
+from kdcache.places import Place, Url
 
 
 class EncodedRow(NamedTuple):
@@ -55,7 +56,12 @@ class OpenShard:
 
     def finish(self) -> Commit:
         """Make the files durable under their own names; what is to be recorded of them."""
-        objects = {path: file.finish() for path, file in self._files.items()}
+        if isinstance(self._path, Url):  # uploads, side by side
+            with ThreadPoolExecutor(len(self._files), thread_name_prefix="upload") as pool:
+                records = list(pool.map(ShardFile.finish, self._files.values()))
+        else:
+            records = [file.finish() for file in self._files.values()]
+        objects = dict(zip(self._files, records, strict=True))
         for spec in self._specs:
             fsync(self._path / spec.path)
         return Commit(
