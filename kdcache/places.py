@@ -39,7 +39,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 # Reads at once that hide the time each waits for its answer.
 THREADS_AT_URL = 16
 
-_EXTRAS = {"s3": "kdcache[s3]", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
+_EXTRAS = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ ALLOWED = {
     "train": {"train", "cache"},
     "deploy": {"deploy", "train", "cache"},
     "sweep": {"sweep", "train", "cache"},
-    "doctor": {"doctor"},  # what may be broken it imports in processes of their own
+    "doctor": {"doctor", "cache"},  # what may be broken it imports in processes of their own
 }
 FOUNDATION = {
     "allocator",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,12 +24,21 @@ from kdcache.cache.format import (
     read_commits,
     read_root,
 )
-from kdcache.cache.layout import IMAGE, MASK, ROWS, Manifest, TapSpec
-from kdcache.cache.shard import DamagedError, chunk_range, decode_chunk, read_chunk, read_index
+from kdcache.cache.layout import IMAGE, MASK, ROW_DESCRIPTION_BYTES, ROWS, Manifest, TapSpec
+from kdcache.cache.shard import (
+    DamagedError,
+    chunk_range,
+    chunks_in,
+    decode_chunk,
+    read_chunk,
+    read_index,
+)
 from kdcache.errors import CacheError, nearest
-from kdcache.places import Place, Url, place_of
+from kdcache.places import Place, Url, place_of, read_some
 
 log = logging.getLogger(__name__)
+
+_FILES_AT_ONCE = 1000
 
 
 class Reading(NamedTuple):
@@ -87,9 +98,9 @@ class Cache:
                 )
         self.commits: list[Commit] = commits
         self.keys: list[RowKey] = [key for commit in commits for key in commit.keys]
-        self._places = [
-            (c, slot) for c, commit in enumerate(commits) for slot in range(len(commit.keys))
-        ]
+        self._starts = list(
+            itertools.accumulate((len(commit.keys) for commit in commits), initial=0)
+        )
         self.specs = {spec.path: spec for spec in self.manifest.arrays()}
         self._shards: dict[tuple[int, str], _Shard] = {}
 
@@ -146,7 +157,7 @@ class Cache:
 
         `out` is C-contiguous and of the array's stored form. Raises as `read` does.
         """
-        place, slot = self._places[index]
+        place, slot = self._place(index)
         commit = self.commits[place]
         path = self._path_of(place, array)
         try:
@@ -165,20 +176,56 @@ class Cache:
             if chunk.version:
                 shard.learn(slot, chunk.version)
         except (DamagedError, OSError, KeyError) as error:
-            raise CacheError(
-                f"{path}: cannot read row {index} ({self.keys[index].sample_id}): {error}; the file "
-                "was damaged or replaced after it was committed: restore it from a backup, or "
-                f"delete {(self.path / commit_name(self._commits, commit.shard)).parent} and run "
-                "extract again"
-            ) from error
+            raise self._unreadable(index, path, error) from error
         return reading
+
+    def all_details(self) -> Iterator[dict[str, Any]]:
+        """`Row.details` of every row, in order. Raises as `read` does.
+
+        Each file of them is read once and as a whole, where rows are read one by one otherwise.
+        """
+        padded = np.empty(ROW_DESCRIPTION_BYTES, np.uint8)
+        slots, compression = self.manifest.shard_rows, self.manifest.compression
+        files = [self.specs[ROWS].shard_path(commit.shard) for commit in self.commits]
+        answers = itertools.chain.from_iterable(  # at a URL many are asked for at once
+            read_some(self.path, files[n : n + _FILES_AT_ONCE])
+            for n in range(0, len(files), _FILES_AT_ONCE)
+        )
+        for place, (commit, data) in enumerate(zip(self.commits, answers, strict=True)):
+            path, index = self._path_of(place, ROWS), self._starts[place]
+            try:
+                if isinstance(data, OSError):
+                    raise data
+                record = commit.objects[ROWS]
+                chunks = chunks_in(data, slots, record.size_bytes, len(commit.keys))
+                for slot, chunk in enumerate(chunks):
+                    index = self._starts[place] + slot
+                    decode_chunk(chunk, record.crc(slot), compression, padded)
+                    yield parse_row(padded)
+            except (DamagedError, OSError, KeyError) as error:
+                raise self._unreadable(index, path, error) from error
+
+    def _unreadable(self, index: int, path: str | Url, error: Exception) -> CacheError:
+        shard = self.commits[self._place(index)[0]].shard
+        return CacheError(
+            f"{path}: cannot read row {index} ({self.keys[index].sample_id}): {error}; the file "
+            "was damaged or replaced after it was committed: restore it from a backup, or "
+            f"delete {(self.path / commit_name(self._commits, shard)).parent} and run extract again"
+        )
 
     def locate(self, index: int, array: str) -> tuple[str | Url, int, int]:
         """The file, offset and length of the bytes that hold one row of an array."""
-        place, slot = self._places[index]
+        place, slot = self._place(index)
         size_bytes = self.commits[place].objects[array].size_bytes
         found = chunk_range(self._shard(place, array).index, slot, size_bytes)
         return self._path_of(place, array), *found
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """The number of a row's commit record and its slot in it."""
+        index = range(len(self.keys))[index]
+        # the last that starts there or before: a record without rows starts where the next does
+        place = bisect_right(self._starts, index, hi=len(self.commits)) - 1
+        return place, index - self._starts[place]
 
     def _path_of(self, place: int, array: str) -> str | Url:
         # as text: made for every read, and pathlib takes as long as the read of a small array

@@ -43,7 +43,9 @@ ZSTD_LEVEL, _ZSTD_WINDOW_LOG = 1, 14
 LZ4_LEVEL = 5
 _LZ4 = Blosc(cname="lz4", clevel=LZ4_LEVEL, shuffle=Blosc.BITSHUFFLE)
 _DECODERS = {"zstd": Zstd(), "lz4": _LZ4}
-# Of each thread: a ZstdCompressor, which must not be shared, and the bytes read last.
+# What numcodecs takes longer to prepare for than zstd to decompress.
+_SMALL_BYTES = 2**16
+# Of each thread: zstd's compressor and decompressor, which must not be shared, and the bytes read last.
 _thread = threading.local()
 
 
@@ -113,7 +115,7 @@ def decode_chunk(
         return  # it was read to where it belongs
     try:
         decompress(chunk.compressed, compression, out)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, zstandard.ZstdError) as error:
         raise DamagedError(f"chunk does not decompress: {error}") from error
 
 
@@ -123,6 +125,9 @@ def decompress(
     """The bytes of a chunk, without its checksum, into `out`."""
     if compression == "none":
         out[:] = compressed
+    elif compression == "zstd" and out.size <= _SMALL_BYTES:
+        small = _zstd_decompressor().decompress(compressed.data, allow_extra_data=False)
+        out[:] = np.frombuffer(small, np.uint8)
     else:
         _DECODERS[compression].decode(compressed, out)
 
@@ -151,6 +156,13 @@ def _zstd_compressor() -> zstandard.ZstdCompressor:
         _thread.zstd = zstandard.ZstdCompressor(compression_params=parameters)
     compressor: zstandard.ZstdCompressor = _thread.zstd
     return compressor
+
+
+def _zstd_decompressor() -> zstandard.ZstdDecompressor:
+    if not hasattr(_thread, "unzstd"):
+        _thread.unzstd = zstandard.ZstdDecompressor()
+    decompressor: zstandard.ZstdDecompressor = _thread.unzstd
+    return decompressor
 
 
 def decode_index(tail: bytes, slots: int) -> NDArray[np.uint64]:
@@ -186,6 +198,15 @@ def read_index(path: str | Url, slots: int, size_bytes: int) -> NDArray[np.uint6
     finally:
         os.close(descriptor)
     return decode_index(tail, slots)
+
+
+def chunks_in(data: bytes, slots: int, size_bytes: int, rows: int) -> list[Chunk]:
+    """The chunks of the first rows of a shard file of that committed size, from all of its bytes."""
+    if len(data) != size_bytes:
+        raise DamagedError(f"file has {len(data)} bytes, {size_bytes} were committed")
+    index = decode_index(data[-index_bytes(slots) :], slots)
+    ranges = [chunk_range(index, slot, size_bytes) for slot in range(rows)]
+    return [chunk_of(data[offset : offset + length]) for offset, length in ranges]
 
 
 def read_chunk(

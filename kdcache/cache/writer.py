@@ -81,6 +81,7 @@ class CacheWriter:
             commits = read_commits(path, self._root)
             self.committed: set[RowKey] = {key for commit in commits for key in commit.keys}
             self._shards = {commit.shard for commit in commits}
+            self._free = 0  # all shards below it are committed
             self._sweep()
             self._declare()  # nothing is reserved: whoever still writes one of those finds that it may not
             self._lengthen(self._root.array_rows)  # a killed writer may have done it in part
@@ -221,7 +222,9 @@ class CacheWriter:
     @property
     def _shard(self) -> int:
         """The number of the open shard: the lowest free one, so that a lost shard is made good."""
-        return next(number for number in itertools.count() if number not in self._shards)
+        while self._free in self._shards:  # from where it was: from 0 each time is quadratic
+            self._free += 1
+        return self._free
 
     def _declare(self, rows: int = 0, shards: int = 0, reserved: Reserved | None = None) -> None:
         """Raise the root's array length or number of shards, on disk; say what is reserved now."""

@@ -7,6 +7,7 @@ first use. A worker that dies costs its shards in work, which dask gives to anot
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import logging
 import socket
@@ -127,6 +128,8 @@ def extract_on(  # noqa: PLR0913 - those of `extract`, and where
     worker does not see them, or would compute otherwise than another.
     """
     started = time.monotonic()
+    if str(out).startswith("memory://"):
+        raise ClusterError(f"{out} is the memory of one process; the workers are others")
     tally, stages = Tally(strict), Stages(workers)
     found = survey(config, dataset, out, split=split, limit=limit, tally=tally)
     work = _Work(
@@ -292,6 +295,12 @@ def _send_models(client: Client, work: _Work) -> list[Future[Any]]:
     if all(asked(client, answer, sealed(_has_models, work)).values()):
         return []
     files = _model_files(work.config)
+    for name, path in files.items():
+        if hashlib.sha256(path.read_bytes()).hexdigest() != work.sha256[name]:
+            raise ClusterError(
+                f"{path} has its weights in files of their own, and is not on all workers: put it there "
+                "under the same path"
+            )
     log.info("sending %s to the workers", " and ".join(path.name for path in files.values()))
     return [client.scatter(path.read_bytes(), hash=False) for path in files.values()]
 

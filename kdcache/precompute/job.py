@@ -129,7 +129,8 @@ def _known(out: Place) -> dict[RowKey, Digests]:
     if not (out / "zarr.json").is_file():
         return {}
     found = Cache(out)
-    return {key: Digests.of(row.details) for key, row in zip(found.keys, found, strict=True)}
+    described = zip(found.keys, found.all_details(), strict=True)
+    return {key: Digests.of(details) for key, details in described}
 
 
 def _planned(

@@ -147,6 +147,29 @@ def test_flipped_byte_raises_and_names_file_and_sample(small, array):
         Cache(small).read(0, array)
 
 
+def test_all_details_are_each_rows_own(any_cache):
+    cache = Cache(any_cache)
+    assert list(cache.all_details()) == [row.details for row in cache]
+
+
+@pytest.mark.parametrize(
+    ("harm", "row", "match"),
+    [
+        (lambda data: bytes(data[:3] + bytes([data[3] ^ 1]) + data[4:]), 3, "photos/3.jpg"),
+        (lambda data: bytes(data[:-1]), 3, "were committed"),
+        (lambda data: bytes(data[:-1] + bytes([data[-1] ^ 1])), 3, "index is damaged"),
+    ],
+    ids=["flipped", "shorter", "index"],
+)
+def test_damaged_details_raise_after_those_before(small, harm, row, match):
+    path = small / "rows/c.1.0"
+    path.write_bytes(harm(path.read_bytes()))
+    found, details = [], Cache(small).all_details()
+    with pytest.raises(CacheError, match=rf"c\.1\.0.*{match}"):
+        found.extend(details)
+    assert len(found) == row
+
+
 def test_what_is_read_is_what_zarr_reads_and_each_index_is_read_once(any_cache, monkeypatch):
     opened, original = [], reader.read_index
     monkeypatch.setattr(
