@@ -114,8 +114,9 @@ def store() -> Iterator[Store]:
 
 
 @pytest.fixture
-def bucket(store: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[Url]:
+def bucket(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Url]:
     """A folder in a healthy store, with short waits between attempts."""
+    monkeypatch.chdir(tmp_path)  # pictures of caches there are drawn in the current folder
     monkeypatch.setattr(places, "_FIRST_WAIT_S", 0.01)
     store.heal()
     url = place_of(f"s3://{store.new_bucket()}/data")

@@ -184,6 +184,12 @@ class CacheWriter:
         self.committed.update(commit.keys)
         self._shards.add(commit.shard)
 
+    def remove_temporary(self) -> None:
+        """Remove what killed processes left of files that others have written since."""
+        for name in files_below(self._path):
+            if name.endswith(TEMPORARY_SUFFIX):
+                (self._path / name).unlink(missing_ok=True)
+
     def free_shards(self, count: int) -> list[int]:
         """So many numbers of shards that there are not, from the lowest."""
         numbers = (number for number in itertools.count() if number not in self._shards)
@@ -266,8 +272,8 @@ class CacheWriter:
                 "interrupted extraction leaves one such shard at most: restore commits/ from a "
                 "backup; or delete those files (c.<shard>.*) to have their rows computed again"
             )
-        temporary = [file for file in files if file.endswith(TEMPORARY_SUFFIX)]
-        for name in [*temporary, *itertools.chain(*orphans.values())]:
+        self.remove_temporary()
+        for name in itertools.chain(*orphans.values()):
             (self._path / name).unlink(missing_ok=True)
         if isinstance(self._path, Path):
             for record in (self._path / self._root.commits).iterdir():

@@ -28,6 +28,7 @@ from kdcache.cache.writer import CacheWriter, may_write
 from kdcache.cluster import (
     answer,
     asked,
+    check_distinct,
     check_versions,
     devices,
     sealed,
@@ -143,7 +144,7 @@ def extract_on(  # noqa: PLR0913 - those of `extract`, and where
         strict=strict,
     )
     with told_plainly():
-        devices(client, device)
+        places = _Places(client, device)
         sent = _send_models(client, work)
         first = [] if found.known else _absolute(found.todo)
         looked: _Looked = _result(client, sent, _look, work, first)
@@ -161,7 +162,7 @@ def extract_on(  # noqa: PLR0913 - those of `extract`, and where
 
         def fill(writer: CacheWriter, bar: Progress, stop: StopRequest) -> None:
             if job.todo:
-                _write_all(client, sent, work, job, writer, tally, bar, stop, stages)
+                _write_all(client, sent, work, job, places, writer, tally, bar, stop, stages)
 
         return into_cache(
             job,
@@ -189,6 +190,7 @@ def _write_all(
     sent: Sequence[Future[Any]],
     work: _Work,
     job: Job,
+    places: _Places,
     writer: CacheWriter,
     tally: Tally,
     bar: Progress,
@@ -204,14 +206,14 @@ def _write_all(
     token = writer.reserve(numbers)
     waiting = iter(zip(numbers, pieces, strict=True))
     running: set[Future[Any]] = set()
-    places = _Places(client, work.device, job.device)
     try:
         while True:
-            room = 0 if stop.asked else places.count() - len(running)
+            room = 0 if stop.asked else places.count(job.device) - len(running)
             for shard, todo in itertools.islice(waiting, max(0, room)):
                 call = sealed(_write_shard, work, writer.manifest, shard, token, _absolute(todo))
                 running.add(client.submit(unsealed, call, *sent, pure=False))
             if not running:
+                writer.remove_temporary()  # of workers that were killed
                 return
             for future in _finished(running):
                 running.remove(future)
@@ -237,22 +239,26 @@ def _finished(running: set[Future[Any]]) -> set[Future[Any]]:
 class _Places:
     """How many shards the workers there are compute at once; who joins is asked for its device."""
 
-    def __init__(self, client: Client, asked_for: str, device: str) -> None:
+    def __init__(self, client: Client, asked_for: str) -> None:
         self._client, self._asked_for = client, asked_for
-        self._at_once = 1 if device == "cpu" else _AT_ONCE_ON_GPU
-        self._known: frozenset[str] = frozenset()
+        self._known = {one.address: one for one in devices(client, asked_for)}
 
     @property
     def workers(self) -> int:
         return max(1, len(self._known))
 
-    def count(self) -> int:
+    def count(self, device: str) -> int:
         threads = self._client.nthreads()
-        if self._known and frozenset(threads) - self._known:
-            check_versions(self._client)
-            devices(self._client, self._asked_for)
-        self._known = frozenset(threads)
-        return sum(min(count, self._at_once) for count in threads.values())
+        self._known = {
+            address: self._known[address] for address in threads if address in self._known
+        }
+        if new := [address for address in threads if address not in self._known]:
+            check_versions(self._client, new)
+            joined = devices(self._client, self._asked_for, workers=new)
+            self._known |= {one.address: one for one in joined}
+            check_distinct(list(self._known.values()))
+        at_once = 1 if device == "cpu" else _AT_ONCE_ON_GPU
+        return sum(min(count, at_once) for count in threads.values())
 
 
 def _pieces(todo: Todo, rows: int) -> Iterator[Todo]:
