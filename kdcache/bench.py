@@ -19,7 +19,7 @@ from kdcache.cache.shard import CRC_BYTES, decompress
 from kdcache.config import TrainConfig
 from kdcache.costs import Cost, costs
 from kdcache.errors import CacheError
-from kdcache.places import Place, Url
+from kdcache.places import THREADS_AT_URL, Place, Url
 from kdcache.train.loader import (
     Batch,
     Tally,
@@ -190,6 +190,8 @@ def read_floor(
             places.append((descriptors[path], offset, length - CRC_BYTES, array))
     largest = max(length for _, _, length, _ in places)
     compression = cache.manifest.compression
+    if isinstance(cache.path, Url):
+        workers = max(workers, THREADS_AT_URL)
 
     def read(some: Sequence[tuple[int | Url, int, int, str]]) -> None:
         stored = np.empty(largest, np.uint8)
