@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import settings
 
+from kdcache import places
 from kdcache.cache import codecs
 from kdcache.cache.format import RowKey, describe_row
 from kdcache.cache.layout import IMAGE, LOGITS, MASK, ROWS, Group, Manifest, TapSpec
 from kdcache.cache.reader import Cache
 from kdcache.config import ExtractConfig, TrainConfig
 from kdcache.deploy.export import export
+from kdcache.places import Url, place_of
 from kdcache.precompute.dataset import folder_dataset
 from kdcache.precompute.extract import ExtractReport, extract
 from kdcache.standins import save_detector, save_scenes, save_teacher
@@ -186,3 +190,30 @@ def deployable(run, cache, tmp_path_factory):
     """The run at 8 bits with its preprocessing."""
     out = tmp_path_factory.mktemp("export") / "photos_int8.onnx"
     return export(run, out, cache, precision="int8", preprocessing=True, calibration_rows=4)
+
+
+@pytest.fixture(scope="module")
+def store() -> Iterator[Any]:
+    """A local S3-compatible server that can be told to fail: a `stores.Store`."""
+    from stores import Store  # here only: it takes long to load
+
+    server = Store()
+    before = {name: os.environ.get(name) for name in server.environment}
+    os.environ.update(server.environment)
+    places._filesystem_of.cache_clear()
+    yield server
+    places._filesystem_of.cache_clear()
+    for name, value in before.items():
+        os.environ.pop(name) if value is None else os.environ.update({name: value})
+    server.close()
+
+
+@pytest.fixture
+def bucket(store: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Url]:
+    """A folder in a healthy store, with short waits between attempts."""
+    monkeypatch.setattr(places, "_FIRST_WAIT_S", 0.01)
+    store.heal()
+    url = place_of(f"s3://{store.new_bucket()}/data")
+    assert isinstance(url, Url)
+    yield url
+    store.heal()

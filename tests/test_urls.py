@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import MANIFEST, Standins, make_row, rows_equal
-from stores import Store
 
 import kdcache
 from kdcache import places
@@ -30,30 +27,6 @@ from kdcache.precompute.extract import extract
 from kdcache.precompute.plan import plan
 from kdcache.train.loader import batches
 from kdcache.train.loop import train
-
-
-@pytest.fixture(scope="module")
-def store() -> Iterator[Store]:
-    server = Store()
-    before = {name: os.environ.get(name) for name in server.environment}
-    os.environ.update(server.environment)
-    places._filesystem_of.cache_clear()
-    yield server
-    places._filesystem_of.cache_clear()
-    for name, value in before.items():
-        os.environ.pop(name) if value is None else os.environ.update({name: value})
-    server.close()
-
-
-@pytest.fixture
-def bucket(store: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[Url]:
-    """A folder in a healthy store, with short waits between attempts."""
-    monkeypatch.setattr(places, "_FIRST_WAIT_S", 0.01)
-    store.heal()
-    url = place_of(f"s3://{store.new_bucket()}/data")
-    assert isinstance(url, Url)
-    yield url
-    store.heal()
 
 
 def uploaded(folder: Path, to: Url) -> Url:

@@ -19,6 +19,7 @@ import numpy as np
 
 from kdcache.cache import codecs
 from kdcache.cache.format import Remarks
+from kdcache.cache.need import Need
 from kdcache.cache.open_shard import EncodedRow
 from kdcache.cache.reader import Cache
 from kdcache.cache.writer import CacheWriter
@@ -34,7 +35,6 @@ from kdcache.places import Place, absolute, picture_of
 from kdcache.precompute.check import LOOKED_AT, first_look, say
 from kdcache.precompute.dataset import Dataset
 from kdcache.precompute.job import DEFAULT_BATCH, Job, bytes_per_row, gone, open_job, row_arrays
-from kdcache.precompute.need import Need
 from kdcache.precompute.sources import Prepared, Tally, changed, prepare, twins
 from kdcache.precompute.stages import (
     COMPRESS,
