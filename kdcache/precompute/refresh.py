@@ -184,6 +184,8 @@ def _with_teacher(manifest: Manifest, teacher: Teacher) -> Manifest:
 def _with_tap(manifest: Manifest, name: str, yolo: Yolo) -> Manifest:
     """The manifest once a tap's features are those of this detector."""
     made_by = {"yolo_sha256": yolo.sha256, "yolo_input": yolo.expects}
+    if len(manifest.taps) == 1:  # no features are left that a copy may have rounded twice
+        made_by["precision"] = manifest.taps[0].precision
     taps = tuple(
         dataclasses.replace(
             tap, shape=yolo.feature_shape, groups=yolo.groups, generation=tap.generation + 1
