@@ -24,14 +24,13 @@ from numcodecs.zstd import Zstd
 
 from kdcache.cache import codecs
 from kdcache.cache.format import RowKey, describe_row
-from kdcache.cache.layout import IMAGE, LOGITS, MASK, ROWS, Manifest, TapSpec, whole
+from kdcache.cache.layout import IMAGE, LOGITS, MASK, ROWS, Manifest, TapSpec, logits_dtype, whole
 from kdcache.cache.reader import Cache
 from kdcache.cache.shard import encode_chunk
 from kdcache.cache.transforms import BytePlanes, FloatGradient, Form, Nibbles, RgbGradient
 from kdcache.cache.writer import CacheWriter
 from kdcache.config import Compression, ExtractConfig, Precision
 from kdcache.precompute.dataset import coco_dataset
-from kdcache.precompute.job import LOGITS_DTYPE
 from kdcache.precompute.sources import Tally, prepare
 from kdcache.precompute.teacher import Teacher
 from kdcache.precompute.yolo import Yolo
@@ -91,7 +90,7 @@ def show_formats(tap: TapSpec, rows: list[dict[str, np.ndarray]], size: int) -> 
                 size_px=size,
                 shard_rows=32,
                 compression=compression,
-                logits_dtype=LOGITS_DTYPE.get(precision, "float16"),
+                logits_dtype=logits_dtype(precision),
                 taps=(spec,),
                 fingerprint={},
                 versions={},

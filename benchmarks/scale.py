@@ -229,7 +229,7 @@ def measure(
     folder: Path, rows: int, shard_rows: int, rounds: int, verified: bool
 ) -> dict[str, float]:
     """All figures of a cache of so many rows."""
-    from kdcache.precompute.need import Need
+    from kdcache.cache.need import Need
 
     path = folder / f"{rows}.zarr"
     started = time.perf_counter()

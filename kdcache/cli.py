@@ -16,7 +16,7 @@ from kdcache.options import EXIT_FAILED, example, leads
 from kdcache.stop import interrupted_by_sigterm
 
 # Commands that find on disk what they did before.
-_GOING_ON = ("extract", "train", "sweep")
+_GOING_ON = ("extract", "copy", "train", "sweep")
 _SAME_COMMAND = "; what is committed stays: the same command (train: with --resume) goes on"
 
 
@@ -73,6 +73,7 @@ for _command in (
     frozen.extract,
     frozen.info,
     frozen.verify,
+    frozen.copy,
     students.train,
     students.sweep,
     students.evaluate,

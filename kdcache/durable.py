@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import hashlib
 import logging
 import os
+import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,6 +44,51 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         temporary.unlink(missing_ok=True)
     fsync(path.parent)
+
+
+class NewFile:
+    """A file being written, digested on its way; `place` gives it its name when it is whole.
+
+    Until then it lies beside that under a temporary name, or for a URL in the system's temporary
+    folder, from where it goes there whole.
+    """
+
+    def __init__(self, path: Place) -> None:
+        self._path = path
+        # its own: two processes may write one file when the first is thought to be lost
+        name = f"{path.name}.{uuid.uuid4().hex[:8]}{TEMPORARY_SUFFIX}"
+        folder = Path(tempfile.gettempdir()) if isinstance(path, Url) else path.parent
+        self._temporary = folder / name
+        self._digest = hashlib.sha256()
+        self.size_bytes = 0
+        self._file = open(self._temporary, "wb")  # noqa: SIM115 - closed by place or abandon
+
+    @property
+    def sha256(self) -> str:
+        """The digest of what was written so far."""
+        return self._digest.hexdigest()
+
+    def write(self, data: bytes) -> None:
+        """Add to its end."""
+        self._file.write(data)
+        self._digest.update(data)
+        self.size_bytes += len(data)
+
+    def place(self) -> None:
+        """Make it durable under its own name."""
+        self._file.close()
+        if isinstance(self._path, Url):
+            self._path.write_file(self._temporary)
+            self._temporary.unlink()
+        else:
+            fsync(self._temporary)
+            os.replace(self._temporary, self._path)
+
+    def abandon(self) -> None:
+        """Remove what was written, unless it has its name."""
+        with contextlib.suppress(OSError):  # a full disk: closing flushes what was not written
+            self._file.close()
+        self._temporary.unlink(missing_ok=True)
 
 
 def lock(folder: Path) -> int | None:

@@ -132,9 +132,31 @@ def train_options(command: Command) -> Command:
     return _with(options, command)
 
 
+def precision_option(help_text: str) -> Callable[[Command], Command]:
+    """How features are stored."""
+    choice = click.Choice(["float32", "float16", "int8", "int6", "int5", "int4"])
+    return option("--precision", type=choice, help=help_text)
+
+
+def compression_option(help_text: str) -> Callable[[Command], Command]:
+    """How arrays are compressed."""
+    return option("--compression", type=click.Choice(["zstd", "lz4", "none"]), help=help_text)
+
+
+def workers_option(help_text: str) -> Callable[[Command], Command]:
+    """How many threads; as many as there are cores, but not too many."""
+    return option(
+        "--workers",
+        type=click.IntRange(1),
+        default=min(os.cpu_count() or 1, _MOST_WORKERS),
+        show_default=f"the cores, at most {_MOST_WORKERS}",
+        help=help_text,
+    )
+
+
 def input_options(command: Command) -> Command:
     """What is to be extracted, with which models, into which cache: of `plan` and `extract`."""
-    options = [
+    options: list[Callable[[Command], Command]] = [
         option("--images", type=place, help="Folder of images; needed."),
         option("--masks", type=place, help="Folder of masks, paired by stem."),
         option("--coco", type=place, help="COCO instances JSON (of persons; --set category=NAME)."),
@@ -169,16 +191,8 @@ def input_options(command: Command) -> Command:
         option(
             "--resize", type=click.Choice(["stretch", "letterbox"]), help="How images are fitted."
         ),
-        option(
-            "--precision",
-            type=click.Choice(["float32", "float16", "int8", "int6", "int5", "int4"]),
-            help="How features are stored (int8).",
-        ),
-        option(
-            "--compression",
-            type=click.Choice(["zstd", "lz4", "none"]),
-            help="zstd is smallest, none reads fastest (zstd).",
-        ),
+        precision_option("How features are stored (int8)."),
+        compression_option("zstd is smallest, none reads fastest (zstd)."),
         option("--split", default="train", show_default=True, type=click.Choice(["train", "val"])),
         option(
             "--val-fraction", type=float, metavar="F", help="Share of images put into val, by hash."
@@ -186,12 +200,6 @@ def input_options(command: Command) -> Command:
         option("--limit", type=click.IntRange(1), metavar="N", help="Only the first N images."),
         option("--batch-size", type=click.IntRange(1), help="Images a model call (CPU 1, GPU 8)."),
         frozen_device_option,
-        option(
-            "--workers",
-            type=click.IntRange(1),
-            default=min(os.cpu_count() or 1, _MOST_WORKERS),
-            show_default=f"the cores, at most {_MOST_WORKERS}",
-            help="Threads that decode photos, and as many that compress rows.",
-        ),
+        workers_option("Threads that decode photos, and as many that compress rows."),
     ]
     return _with(options, command)

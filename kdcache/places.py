@@ -275,6 +275,23 @@ def read_some(folder: Place, names: Sequence[str]) -> Iterator[bytes | OSError]:
             yield error
 
 
+def read_blocks(file: Place, size_bytes: int, block_bytes: int = 2**24) -> Iterator[bytes]:
+    """The content of a file in blocks, also what there is beyond the size that it should have."""
+    if isinstance(file, Url):
+        for offset in range(0, size_bytes, block_bytes):
+            # a store may refuse a range that begins at the end: one byte more tells of further ones
+            left = size_bytes - offset
+            wanted = block_bytes if block_bytes < left else left + 1
+            block = file.read_range(offset, wanted)
+            yield block
+            if len(block) < wanted:
+                return
+        return
+    with open(file, "rb") as opened:
+        while block := opened.read(block_bytes):
+            yield block
+
+
 def remove_folder(folder: Place) -> None:
     """Remove a folder and all in it, if it is there."""
     if isinstance(folder, Url):

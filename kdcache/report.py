@@ -11,6 +11,7 @@ from kdcache.tables import duration, megabytes, printable, table
 
 if TYPE_CHECKING:
     from kdcache.bench import BenchReport
+    from kdcache.cache.copy import CopyReport
     from kdcache.cache.verify import VerifyReport
     from kdcache.costs import Cost
     from kdcache.demo import DemoReport
@@ -207,6 +208,27 @@ def verify_text(report: VerifyReport) -> str:
         verdict = "every byte is as committed"
         verdict += ", the models agree" if report.models else ""
     lines.append(f"{report.path}: {report.rows} rows, {verdict}")
+    return "\n".join(lines)
+
+
+def copy_text(report: CopyReport) -> str:
+    """What a copy did, and in which ways it is not the source."""
+    lines = [f"{report.copy}: {report.rows} rows of {report.source}"]
+    if report.rows_copied:
+        lines[0] += (
+            f", {report.rows_copied} copied in {report.shards_copied} shards in "
+            f"{duration(report.seconds)} ({megabytes(report.bytes_read)} read, "
+            f"{megabytes(report.bytes_written)} written and read back)"
+        )
+        if report.rows > report.rows_copied:
+            lines.append(f"{report.rows - report.rows_copied} rows were there and not copied again")
+    else:
+        lines[0] += ", all there already: nothing was copied"
+    lines += report.changes
+    lines += [
+        f"relative MSE that this adds to {tap}: {added:.1e}"
+        for tap, added in report.added_relative_mse.items()
+    ]
     return "\n".join(lines)
 
 

@@ -7,11 +7,11 @@ import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import settings
-from stores import Store
 
 from kdcache import places
 from kdcache.cache import codecs
@@ -97,32 +97,6 @@ def cache(standins: Standins, tmp_path_factory: pytest.TempPathFactory) -> Cache
     path = tmp_path_factory.mktemp("cache") / "scenes.zarr"
     standins.extract(path)
     return Cache(path)
-
-
-@pytest.fixture(scope="module")
-def store() -> Iterator[Store]:
-    """An S3-compatible server on this machine, that clients find through the environment."""
-    server = Store()
-    before = {name: os.environ.get(name) for name in server.environment}
-    os.environ.update(server.environment)
-    places._filesystem_of.cache_clear()
-    yield server
-    places._filesystem_of.cache_clear()
-    for name, value in before.items():
-        os.environ.pop(name) if value is None else os.environ.update({name: value})
-    server.close()
-
-
-@pytest.fixture
-def bucket(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Url]:
-    """A folder in a healthy store, with short waits between attempts."""
-    monkeypatch.chdir(tmp_path)  # pictures of caches there are drawn in the current folder
-    monkeypatch.setattr(places, "_FIRST_WAIT_S", 0.01)
-    store.heal()
-    url = place_of(f"s3://{store.new_bucket()}/data")
-    assert isinstance(url, Url)
-    yield url
-    store.heal()
 
 
 def rows_equal(a: Cache, b: Cache) -> bool:
@@ -216,3 +190,31 @@ def deployable(run, cache, tmp_path_factory):
     """The run at 8 bits with its preprocessing."""
     out = tmp_path_factory.mktemp("export") / "photos_int8.onnx"
     return export(run, out, cache, precision="int8", preprocessing=True, calibration_rows=4)
+
+
+@pytest.fixture(scope="module")
+def store() -> Iterator[Any]:
+    """A local S3-compatible server that can be told to fail: a `stores.Store`."""
+    from stores import Store  # here only: it takes long to load
+
+    server = Store()
+    before = {name: os.environ.get(name) for name in server.environment}
+    os.environ.update(server.environment)
+    places._filesystem_of.cache_clear()
+    yield server
+    places._filesystem_of.cache_clear()
+    for name, value in before.items():
+        os.environ.pop(name) if value is None else os.environ.update({name: value})
+    server.close()
+
+
+@pytest.fixture
+def bucket(store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Url]:
+    """A folder in a healthy store, with short waits between attempts."""
+    monkeypatch.chdir(tmp_path)  # pictures of caches there are drawn in the current folder
+    monkeypatch.setattr(places, "_FIRST_WAIT_S", 0.01)
+    store.heal()
+    url = place_of(f"s3://{store.new_bucket()}/data")
+    assert isinstance(url, Url)
+    yield url
+    store.heal()

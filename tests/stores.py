@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import threading
 from collections.abc import Callable, Iterable
@@ -15,11 +16,12 @@ from werkzeug.serving import make_server
 class Store:
     """moto behind a switch: a share of the requests fails, or all of them."""
 
+    _numbers = itertools.count(1)  # of all servers of a process: moto keeps their buckets together
+
     def __init__(self) -> None:
         self._app = DomainDispatcherApplication(create_backend_app)
         self._rng = random.Random(0)
         self._lock = threading.Lock()
-        self._buckets = 0
         self.failing_share = 0.0
         self.requests = self.failed = 0
         self.dies_after: int | None = None  # requests that write
@@ -40,8 +42,7 @@ class Store:
 
     def new_bucket(self) -> str:
         """An empty bucket's name."""
-        self._buckets += 1
-        name = f"bucket-{self._buckets}"
+        name = f"bucket-{next(self._numbers)}"
         urlopen(Request(f"{self.endpoint}/{name}", method="PUT")).close()
         return name
 

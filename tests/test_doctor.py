@@ -680,7 +680,7 @@ def test_a_really_read_only_cache_and_a_really_full_shared_memory_are_named(cach
 
 def test_a_read_only_cache_is_timed_by_its_own_shards(tmp_path, monkeypatch):
     write(tmp_path / "zarr.json", "{}")
-    shard = write(tmp_path / "features/c/0", "")
+    shard = write(tmp_path / "features/tap/codes_x1/c.0.0.0.0", "")
     shard.write_bytes(os.urandom(20 * 2**20))
 
     def refuse(*_, **__):

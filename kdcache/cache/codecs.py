@@ -8,14 +8,14 @@ clipping it in silence.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import array_api_compat
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.cache.layout import Group, TapSpec
+from kdcache.cache.layout import BITS, Group, TapSpec
 from kdcache.errors import SampleError
 
 F32 = NDArray[np.float32]
@@ -86,22 +86,40 @@ def _repeat(values: Array, factor: int, out: Array) -> None:
     out.reshape((*before, height // factor, factor, width))[...] = rows
 
 
-def max_error(arrays: Mapping[str, NDArray[np.generic]], tap: TapSpec) -> NDArray[np.float64]:
+def max_error(
+    arrays: Mapping[str, NDArray[np.generic]], tap: TapSpec, before: Sequence[str] = ()
+) -> NDArray[np.float64]:
     """The stated bound of |x − decode(encode(x))|, as an array that broadcasts to (C, h, w).
 
     It needs what is stored only: half a step (or float16's half unit) and the rounding of one
-    float32 product and one sum.
+    float32 product and one sum. `before` are the precisions that x had been rounded to earlier, the
+    last one first: their bounds are added. A channel's lowest and highest value pass every rounding
+    to codes, so its range, and with it each earlier step, is that of what is stored.
     """
     if tap.precision == "float32":
         return np.zeros((1, 1, 1))
     if tap.bits is None:
         return _half_unit(decode(arrays, tap))
     low, step = (np.asarray(row, np.float64)[:, None, None] for row in arrays["affine"])
-    levels = 2**tap.bits - 1
+    spread = (2**tap.bits - 1) * step
+    bound = _half_step(low, spread, tap.bits)
+    for precision in before:
+        if precision in BITS:
+            bound = bound + _half_step(low, spread, BITS[precision])
+        elif precision == "float16":
+            bound = bound + _half_unit(np.abs(decode(arrays, tap)) + bound)
+    return bound
+
+
+def _half_step(
+    low: NDArray[np.float64], spread: NDArray[np.float64], bits: int
+) -> NDArray[np.float64]:
+    """The bound of codes of so many bits, in channels from `low` to `low + spread`."""
+    levels = 2**bits - 1
     # a step that float32 cannot hold as a normal number is stored as 0, all values as the minimum
-    flat = np.where(step == 0, levels * _SMALLEST_NORMAL, 0)
-    rounding = 4 * np.finfo(np.float32).eps * np.maximum(np.abs(low), np.abs(low + levels * step))
-    bound: NDArray[np.float64] = step / 2 + rounding + flat
+    flat = np.where(spread == 0, levels * _SMALLEST_NORMAL, 0)
+    rounding = 4 * np.finfo(np.float32).eps * np.maximum(np.abs(low), np.abs(low + spread))
+    bound: NDArray[np.float64] = spread / levels / 2 + rounding + flat
     return bound
 
 

@@ -33,6 +33,8 @@ IMAGE, MASK, LOGITS, ROWS = "image", "mask", "teacher_logits", "rows"
 # warning) and tensorstore (at all) both read. Zeros compress to nothing.
 ROW_DESCRIPTION_BYTES = 2048
 
+# From the most to the least exact.
+PRECISIONS: tuple[Precision, ...] = ("float32", "float16", "int8", "int6", "int5", "int4")
 BITS: dict[str, int] = {"int8": 8, "int6": 6, "int5": 5, "int4": 4}
 _FEATURE_AXES = ("channel", "y", "x")
 # An unused slot is told by its empty `rows` text, its mask of 255 and its NaN `affine`. Bytes of
@@ -244,3 +246,18 @@ class Manifest:
             versions=record["versions"],
             logits_generation=record.get("logits_generation", 0),
         )
+
+
+def logits_dtype(precision: str) -> str:
+    """How the teacher's logits are stored in a cache of this precision."""
+    return "float32" if precision == "float32" else "float16"
+
+
+def stored_as(manifest: Manifest, precision: Precision) -> Manifest:
+    """The same rows at another precision; what the fingerprint says of it is left to the caller."""
+    has_logits = manifest.logits_dtype is not None
+    return dataclasses.replace(
+        manifest,
+        logits_dtype=logits_dtype(precision) if has_logits else None,
+        taps=tuple(dataclasses.replace(tap, precision=precision) for tap in manifest.taps),
+    )

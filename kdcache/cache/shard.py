@@ -9,15 +9,10 @@ byte is digested on its way; zarr-python reads the result (tests hold that).
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import os
 import struct
-import tempfile
 import threading
-import uuid
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import google_crc32c
@@ -27,7 +22,7 @@ from numcodecs.blosc import Blosc
 from numcodecs.zstd import Zstd
 from numpy.typing import NDArray
 
-from kdcache.durable import TEMPORARY_SUFFIX, fsync
+from kdcache.durable import NewFile
 from kdcache.places import Place, Url
 
 if TYPE_CHECKING:
@@ -287,54 +282,32 @@ class ObjectRecord:
 
 
 class ShardFile:
-    """A shard file being written: rows stream into a temporary file, `finish` gives it its name.
-
-    That lies beside it, or for a URL in the system's temporary folder, and goes there whole.
-    """
+    """A shard file being written: rows stream into a temporary file, `finish` gives it its name."""
 
     def __init__(self, path: Place, slots: int) -> None:
-        self._path = path
-        # its own: two processes may write one shard when the first is thought to be lost
-        name = f"{path.name}.{uuid.uuid4().hex[:8]}{TEMPORARY_SUFFIX}"
-        folder = Path(tempfile.gettempdir()) if isinstance(path, Url) else path.parent
-        self._temporary = folder / name
         self._slots = slots
         self._index: list[tuple[int, int]] = []
         self._crcs: list[int] = []
-        self._offset = 0
-        self._digest = hashlib.sha256()
-        self._file = open(self._temporary, "wb")  # noqa: SIM115 - closed by finish or abandon
+        self._file = NewFile(path)
 
     def append(self, row: Encoded) -> None:
         """Write a row."""
-        self._index.append((self._offset, len(row.stored)))
+        self._index.append((self._file.size_bytes, len(row.stored)))
         self._crcs.append(row.crc)
-        self._write(row.stored)
+        self._file.write(row.stored)
 
     def finish(self) -> ObjectRecord:
         """Write the index and make the file durable under its own name."""
         empty = [(_EMPTY, _EMPTY)] * (self._slots - len(self._index))
         index = np.array(self._index + empty, "<u8").tobytes()
-        self._write(index + struct.pack("<I", google_crc32c.value(index)))
-        self._file.close()
-        if isinstance(self._path, Url):
-            self._path.write_file(self._temporary)
-            self._temporary.unlink()
-        else:
-            fsync(self._temporary)
-            os.replace(self._temporary, self._path)
+        self._file.write(index + struct.pack("<I", google_crc32c.value(index)))
+        self._file.place()
         return ObjectRecord(
-            size_bytes=self._offset,
-            sha256=self._digest.hexdigest(),
+            size_bytes=self._file.size_bytes,
+            sha256=self._file.sha256,
             chunk_crc32c="".join(f"{crc:08x}" for crc in self._crcs),
         )
 
     def abandon(self) -> None:
-        with contextlib.suppress(OSError):  # a full disk: closing flushes what was not written
-            self._file.close()
-        self._temporary.unlink(missing_ok=True)
-
-    def _write(self, data: bytes) -> None:
-        self._file.write(data)
-        self._digest.update(data)
-        self._offset += len(data)
+        """Remove what was written, unless it has its name."""
+        self._file.abandon()

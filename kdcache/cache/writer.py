@@ -46,7 +46,7 @@ from kdcache.cache.lock import FolderLock, locked
 from kdcache.cache.open_shard import EncodedRow, OpenShard, encoded_row
 from kdcache.cache.shard import LZ4_LEVEL, ZSTD_LEVEL
 from kdcache.durable import TEMPORARY_SUFFIX, fsync, write_atomic
-from kdcache.errors import CacheError, FingerprintError
+from kdcache.errors import CacheError, FingerprintError, KdcacheError
 from kdcache.places import Place, Url, files_below, make_folder, remove_folder
 
 log = logging.getLogger(__name__)
@@ -75,9 +75,9 @@ class CacheWriter:
             if isinstance(path, Url) and not (path / "zarr.json").is_file():
                 _create_at_url(path, manifest)
             self._root = read_root(path)
-            self.manifest = _in_its_generations(manifest, self._root.manifest)
+            self.manifest = in_its_generations(manifest, self._root.manifest)
             self._specs = self.manifest.arrays()
-            _check_same(path, self._root.manifest, self.manifest)
+            refuse_other(path, self._root.manifest, self.manifest)
             commits = read_commits(path, self._root)
             self.committed: set[RowKey] = {key for commit in commits for key in commit.keys}
             self._shards = {commit.shard for commit in commits}
@@ -157,7 +157,7 @@ class CacheWriter:
         self._torn = False
 
     def reserve(self, shards: Sequence[int]) -> str:
-        """Let other processes write these shards, each as an `OpenShard`; a token for `may_write`.
+        """Let others write these shards, each as an `OpenShard` does; a token for `may_write`.
 
         What they finish becomes part of the cache by `adopt`.
         """
@@ -169,11 +169,22 @@ class CacheWriter:
         return token
 
     def adopt(self, commit: Commit) -> None:
-        """Commit a shard that another process has finished."""
+        """Commit a shard whose files were written elsewhere: by another process, or by a copy."""
         if commit.manifest != manifest_digest(self.manifest) or commit.shard in self._shards:
             raise CacheError(f"shard {commit.shard} of {self._path} was made for another cache")
         self._record(commit)
         self._bytes_written += sum(record.size_bytes for record in commit.objects.values())
+
+    def discard(self, shards: Sequence[int]) -> None:
+        """Take away what was written of reserved shards that will not be adopted, as far as it can be.
+
+        What stays, because the disk or store has failed, the next writer removes.
+        """
+        with contextlib.suppress(OSError, KdcacheError):
+            self._lock.check()
+            for shard in set(shards) - self._shards:
+                for spec in self._specs:
+                    (self._path / spec.shard_path(shard)).unlink(missing_ok=True)
 
     def _record(self, commit: Commit) -> None:
         self._lock.check()
@@ -208,14 +219,27 @@ class CacheWriter:
         replace: bool = True,
     ) -> None:
         """Store what there is to say about a dataset; what was said of it before goes if `replace`."""
-        path = self._path / "skipped" / "zarr.json"
-        try:
-            before = read_remarks(self._path)
-        except CacheError:  # lost or altered: `verify` says so, this makes it good
-            before = AllRemarks()
+        before = self._remarks()
         if replace or dataset not in before.datasets:
             before = before.with_one(dataset, remarks)
-        document = dataclasses.replace(before, in_train_and_val=in_train_and_val).document()
+        self._write_remarks(dataclasses.replace(before, in_train_and_val=in_train_and_val))
+
+    def take_over(self, remarks: AllRemarks) -> None:
+        """Store what another cache says about datasets whose rows come from there, beside the own."""
+        merged = self._remarks()
+        for dataset, said in remarks.datasets.items():
+            merged = merged.with_one(dataset, said)
+        pairs = dict.fromkeys((*merged.in_train_and_val, *remarks.in_train_and_val))
+        self._write_remarks(dataclasses.replace(merged, in_train_and_val=list(pairs)))
+
+    def _remarks(self) -> AllRemarks:
+        try:
+            return read_remarks(self._path)
+        except CacheError:  # lost or altered: `verify` says so, writing them makes it good
+            return AllRemarks()
+
+    def _write_remarks(self, remarks: AllRemarks) -> None:
+        path, document = self._path / "skipped" / "zarr.json", remarks.document()
         if not path.is_file() or path.read_bytes() != document:
             write_atomic(path, document)
 
@@ -284,6 +308,13 @@ class CacheWriter:
     def _was_reserved(self, shard: int) -> bool:
         reserved = self._root.reserved
         return reserved is not None and reserved.first <= shard < reserved.stop
+
+
+def is_foreign(path: Place) -> bool:
+    """Whether something is there that is no cache, nor what a killed writer left of making one."""
+    if not path.exists() or (path / "zarr.json").is_file():
+        return False
+    return isinstance(path, Path) or not all(name.endswith("zarr.json") for name in path.files())
 
 
 def may_write(path: Place, shard: int, token: str) -> None:
@@ -393,7 +424,7 @@ def array_document(spec: ArraySpec, manifest: Manifest) -> bytes:
     return node_bytes(json.loads(store._store_dict["zarr.json"].to_bytes()))
 
 
-def _in_its_generations(asked: Manifest, found: Manifest) -> Manifest:
+def in_its_generations(asked: Manifest, found: Manifest) -> Manifest:
     """What was asked for, with parts that were refreshed under the names they have since."""
     generations = {tap.name: tap.generation for tap in found.taps}
     return dataclasses.replace(
@@ -405,8 +436,11 @@ def _in_its_generations(asked: Manifest, found: Manifest) -> Manifest:
     )
 
 
-def _check_same(path: Place, found: Manifest, asked: Manifest) -> None:
-    """Refuse to mix rows made in two ways; a change of library versions is only worth a warning."""
+def refuse_other(path: Place, found: Manifest, asked: Manifest) -> None:
+    """Raise FingerprintError rather than mix rows made in two ways, with what differs.
+
+    A change of library versions is only worth a warning.
+    """
     for what, here, wanted in (
         ("features", bool(found.taps), bool(asked.taps)),
         ("teacher logits", found.logits_dtype is not None, asked.logits_dtype is not None),
@@ -415,22 +449,22 @@ def _check_same(path: Place, found: Manifest, asked: Manifest) -> None:
             addable = wanted and what == "teacher logits"
             raise FingerprintError(
                 f"{path} was extracted {'with' if here else 'without'} {what}, now it is to be "
-                f"{'with' if wanted else 'without'}: use another --out, or the options it was "
-                "made with" + (", or --refresh teacher, which adds them" if addable else "")
+                f"{'with' if wanted else 'without'}: write to another place, or use the options it "
+                "was made with" + (", or --refresh teacher, which adds them" if addable else "")
             )
     for field in sorted(found.fingerprint.keys() | asked.fingerprint.keys()):
         old, new = found.fingerprint.get(field), asked.fingerprint.get(field)
         if old != new:
             raise FingerprintError(
                 f"{path} was extracted with {field} = {old}, now {new} was asked for; "
-                "use another --out, or the settings and files the cache was made with"
+                "write to another place, or use the settings and files the cache was made with"
             )
     for field in ("shard_rows", "compression", "size_px", "logits_dtype", "taps"):
         old, new = getattr(found, field), getattr(asked, field)
         if old != new:
             raise FingerprintError(
                 f"{path} was written with {field} = {old}, now {new} was asked for; "
-                "use another --out, or the settings the cache was made with"
+                "write to another place, or use the settings the cache was made with"
             )
     for library in sorted(found.versions.keys() & asked.versions.keys()):
         old, new = found.versions[library], asked.versions[library]

@@ -1,4 +1,4 @@
-"""Commands of the frozen models and the cache: demo, extract, plan, info, verify."""
+"""Commands of the frozen models and the cache: demo, extract, plan, info, verify, copy."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from kdcache.options import (
     EXIT_FAILED,
     EXIT_SKIPPED,
     cache_argument,
+    compression_option,
     config_options,
     example,
     frozen_device_option,
@@ -20,8 +21,11 @@ from kdcache.options import (
     json_option,
     option,
     path,
+    place,
+    precision_option,
     show,
     with_logging_above_bars,
+    workers_option,
 )
 
 
@@ -292,3 +296,58 @@ def verify(
     show(report, as_json, verify_text)
     if not report.ok:
         sys.exit(EXIT_FAILED)
+
+
+@click.command(
+    epilog=example(
+        "kdcache copy coco.zarr s3://bucket/coco.zarr",
+        "kdcache copy coco.zarr small.zarr --split train --precision int5",
+    )
+)
+@click.argument("source", metavar="SRC", type=place)
+@click.argument("destination", metavar="DST", type=place)
+@option("--split", type=click.Choice(["train", "val"]), help="Only the rows of one split.")
+@option(
+    "--tap", "taps", multiple=True, metavar="NAME", help="Only this tap's features; repeatable."
+)
+@option("--logits-only", is_flag=True, help="Without the features.")
+@option("--features-only", is_flag=True, help="Without the teacher's logits.")
+@precision_option("How features are stored there: as they are, or lower.")
+@compression_option("How all arrays are compressed there (as they are).")
+@workers_option("Threads that read, encode and write.")
+@json_option
+@with_logging_above_bars
+def copy(
+    source: Any,
+    destination: Any,
+    split: str | None,
+    taps: tuple[str, ...],
+    logits_only: bool,
+    features_only: bool,
+    precision: Any,
+    compression: Any,
+    workers: int,
+    as_json: bool,
+) -> None:
+    """Copy a cache, whole or thinned, from SRC to DST: folders or URLs.
+
+    Every byte is checked against what was committed, and read back. Run again to go on after a
+    stop, or to add what SRC got since. A precision lowered from float32 is what an extraction at it
+    gives; from any other, values are rounded twice, and the copy says so.
+    """
+    if logits_only and (features_only or taps):
+        other = "--features-only" if features_only else "--tap"
+        raise click.UsageError(f"--logits-only and {other} exclude each other")
+    from kdcache.cache.copy import copy_cache
+    from kdcache.cache.thin import Thinning
+    from kdcache.report import copy_text
+
+    thinning = Thinning(
+        split=split,
+        taps=taps,
+        store="logits" if logits_only else "features" if features_only else "both",
+        precision=precision,
+        compression=compression,
+    )
+    report = copy_cache(source, destination, thinning, workers=workers, progress=True)
+    show(report, as_json, copy_text)

@@ -20,6 +20,7 @@ import numpy as np
 
 from kdcache.cache import codecs
 from kdcache.cache.format import Remarks
+from kdcache.cache.need import Need
 from kdcache.cache.open_shard import EncodedRow, OpenShard
 from kdcache.cache.reader import Cache
 from kdcache.cache.writer import CacheWriter
@@ -44,7 +45,6 @@ from kdcache.precompute.job import (
     open_job,
     row_arrays,
 )
-from kdcache.precompute.need import Need
 from kdcache.precompute.sources import Prepared, Tally, changed, prepare, twins
 from kdcache.precompute.stages import (
     COMPRESS,

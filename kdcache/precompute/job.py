@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import itertools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.cache import codecs
 from kdcache.cache.format import RowKey, describe_row
-from kdcache.cache.layout import IMAGE, MASK, ROWS, Manifest, TapSpec
+from kdcache.cache.layout import IMAGE, MASK, ROWS, Manifest, TapSpec, logits_dtype
+from kdcache.cache.need import stored_bytes
 from kdcache.cache.reader import Cache
-from kdcache.config import ExtractConfig, Precision
+from kdcache.cache.writer import is_foreign
+from kdcache.config import ExtractConfig
 from kdcache.devices import present
 from kdcache.errors import CacheError, ConfigError, SampleError
 from kdcache.imaging import INTERPOLATION
@@ -25,15 +25,12 @@ from kdcache.onnx_session import Device
 from kdcache.places import Place, size_bytes
 from kdcache.precompute.coco import PERSON_CATEGORY
 from kdcache.precompute.dataset import Dataset, Sample, split_of
-from kdcache.precompute.need import stored_bytes
 from kdcache.precompute.sources import Digests, Prepared, Tally
 from kdcache.precompute.teacher import Teacher
 from kdcache.precompute.yolo import Yolo
 
 # On the CPU one image a call is as fast as many and needs the least memory; a GPU wants a batch.
 DEFAULT_BATCH = {"cpu": 1, "cuda": 8, "tensorrt": 8}
-
-LOGITS_DTYPE = {"float32": "float32"}  # float16 with any other precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +97,7 @@ def survey(
     for name, reason in dataset.refused.items():
         tally.refuse(name, reason)
     planned = _planned(dataset, config, split, limit)
-    if _is_foreign(out):
+    if is_foreign(out):
         raise CacheError(f"--out {out} exists and is not a kdcache cache; choose another")
     known = _known(out)
     tally.pixels |= {key: digests.pixels_sha256 for key, digests in known.items()}
@@ -115,13 +112,6 @@ def survey(
         known=known,
         todo=todo,
     )
-
-
-def _is_foreign(out: Place) -> bool:
-    """Whether something is there that is no cache, nor what a killed writer left of making one."""
-    if not out.exists() or (out / "zarr.json").is_file():
-        return False
-    return isinstance(out, Path) or not all(name.endswith("zarr.json") for name in out.files())
 
 
 def _known(out: Place) -> dict[RowKey, Digests]:
@@ -254,20 +244,10 @@ def _manifest(
         size_px=config.size,
         shard_rows=config.shard_rows,
         compression=config.compression,
-        logits_dtype=None if teacher is None else LOGITS_DTYPE.get(config.precision, "float16"),
+        logits_dtype=None if teacher is None else logits_dtype(config.precision),
         taps=taps,
         fingerprint=fingerprint,
         versions={name: version(name) for name in libraries},
-    )
-
-
-def stored_as(manifest: Manifest, precision: Precision) -> Manifest:
-    """The same rows at another precision."""
-    dtype = LOGITS_DTYPE.get(precision, "float16")
-    return dataclasses.replace(
-        manifest,
-        logits_dtype=None if manifest.logits_dtype is None else dtype,
-        taps=tuple(dataclasses.replace(tap, precision=precision) for tap in manifest.taps),
     )
 
 

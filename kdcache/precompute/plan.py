@@ -14,7 +14,8 @@ from typing import NamedTuple, get_args
 import numpy as np
 
 from kdcache.cache.format import RowKey
-from kdcache.cache.layout import IMAGE, MASK
+from kdcache.cache.layout import IMAGE, MASK, stored_as
+from kdcache.cache.need import Need, free, stored_bytes
 from kdcache.cache.writer import CacheWriter
 from kdcache.config import ExtractConfig, Precision
 from kdcache.errors import DatasetError
@@ -23,8 +24,7 @@ from kdcache.places import Place, Url
 from kdcache.precompute.check import Check, Seen, first_look, look
 from kdcache.precompute.dataset import Dataset, Sample
 from kdcache.precompute.extract import run, warm_up
-from kdcache.precompute.job import DEFAULT_BATCH, Job, bytes_per_row, open_job, stored_as
-from kdcache.precompute.need import Need, free, stored_bytes
+from kdcache.precompute.job import DEFAULT_BATCH, Job, bytes_per_row, open_job
 from kdcache.precompute.sources import Tally, prepare
 from kdcache.precompute.stages import Stages
 from kdcache.progress import Progress

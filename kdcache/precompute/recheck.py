@@ -16,6 +16,7 @@ from kdcache.cache import codecs
 from kdcache.cache.format import read_root
 from kdcache.cache.layout import LOGITS, TapSpec
 from kdcache.cache.reader import Cache
+from kdcache.cache.thin import chain
 from kdcache.cache.verify import Agreement, Problem, VerifyReport, verify
 from kdcache.config import YoloInput
 from kdcache.devices import present
@@ -139,7 +140,8 @@ class _Difference:
 def _compare_features(cache: Cache, yolo: Yolo, tap: TapSpec, index: int) -> _Difference:
     stored = cache.read_features(index, tap)
     now = codecs.on_host(yolo.features(_pixels(cache, index))[0])
-    return _compare(codecs.decode(stored, tap), now, codecs.max_error(stored, tap))
+    rounded = chain(cache.manifest.fingerprint["precision"])[1:]
+    return _compare(codecs.decode(stored, tap), now, codecs.max_error(stored, tap, rounded))
 
 
 def _compare_logits(cache: Cache, teacher: Teacher, index: int) -> _Difference:

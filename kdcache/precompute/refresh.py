@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from kdcache.cache import codecs
 from kdcache.cache.format import read_root
-from kdcache.cache.layout import Manifest
+from kdcache.cache.layout import Manifest, logits_dtype
+from kdcache.cache.need import Need, stored_bytes
 from kdcache.cache.reader import Cache
 from kdcache.cache.refresh import Refresh
 from kdcache.config import ExtractConfig
@@ -25,12 +26,10 @@ from kdcache.places import Place, picture_of
 from kdcache.precompute.check import LOOKED_AT, first_look, say
 from kdcache.precompute.job import (
     DEFAULT_BATCH,
-    LOGITS_DTYPE,
     open_teacher,
     open_yolo,
     provider,
 )
-from kdcache.precompute.need import Need, stored_bytes
 from kdcache.precompute.sources import Prepared
 from kdcache.precompute.teacher import Teacher
 from kdcache.precompute.yolo import Yolo
@@ -172,7 +171,7 @@ def _target(
 def _with_teacher(manifest: Manifest, teacher: Teacher) -> Manifest:
     """The manifest once the logits are those of this teacher; a cache without any gets them."""
     had_logits = manifest.logits_dtype is not None
-    new_dtype = LOGITS_DTYPE.get(manifest.fingerprint["precision"], "float16")
+    new_dtype = logits_dtype(manifest.fingerprint["precision"])
     made_by = {"teacher_sha256": teacher.sha256, "teacher_network": teacher.network}
     return dataclasses.replace(
         manifest,
@@ -185,6 +184,8 @@ def _with_teacher(manifest: Manifest, teacher: Teacher) -> Manifest:
 def _with_tap(manifest: Manifest, name: str, yolo: Yolo) -> Manifest:
     """The manifest once a tap's features are those of this detector."""
     made_by = {"yolo_sha256": yolo.sha256, "yolo_input": yolo.expects}
+    if len(manifest.taps) == 1:  # no features are left that a copy may have rounded twice
+        made_by["precision"] = manifest.taps[0].precision
     taps = tuple(
         dataclasses.replace(
             tap, shape=yolo.feature_shape, groups=yolo.groups, generation=tap.generation + 1

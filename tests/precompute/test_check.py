@@ -9,9 +9,9 @@ from conftest import SIZE, Standins
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
+from kdcache.cache import need
 from kdcache.errors import CacheError, ModelError
 from kdcache.imaging import IGNORE
-from kdcache.precompute import need
 from kdcache.precompute.check import Check, _better, first_look
 from kdcache.precompute.dataset import Dataset, folder_dataset
 from kdcache.precompute.extract import extract

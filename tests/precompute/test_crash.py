@@ -21,11 +21,11 @@ import pytest
 from conftest import SIZE, Standins, rows_equal
 from tqdm import tqdm
 
+from kdcache.cache import need
 from kdcache.cache.format import commit_answers, commit_name
 from kdcache.cache.reader import Cache
 from kdcache.cache.verify import verify
 from kdcache.cli import main
-from kdcache.precompute import need
 from kdcache.standins import save_detector, save_scenes, save_teacher
 
 IMAGES = 48

@@ -11,9 +11,9 @@ from click.testing import CliRunner
 from conftest import SCENES, SIZE
 from PIL import Image
 
+from kdcache.cache import need
 from kdcache.cli import main
 from kdcache.errors import CacheError, DatasetError, ModelError
-from kdcache.precompute import need
 from kdcache.precompute import plan as engine
 from kdcache.precompute.dataset import folder_dataset
 from kdcache.precompute.plan import plan
@@ -71,8 +71,8 @@ def test_a_plan_for_a_full_disk_is_a_plan_that_does_not_fit(standins, tmp_path, 
 def test_what_a_plan_says_fits_is_what_the_extraction_takes(standins, tmp_path, monkeypatch):
     """Also within the margin, and where the cache has rows already."""
     space = 10**9
-    for module in ("plan", "need"):
-        monkeypatch.setattr(f"kdcache.precompute.{module}.free", lambda out: (space, None))
+    for module in ("precompute.plan", "cache.need"):
+        monkeypatch.setattr(f"kdcache.{module}.free", lambda out: (space, None))
     needed = make_plan(standins, tmp_path).bytes
     space = round(needed * 1.02)
     assert not make_plan(standins, tmp_path).fits

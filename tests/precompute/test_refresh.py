@@ -180,7 +180,7 @@ def test_a_refresh_looks_first(standins, copy, cache, tmp_path, caplog, monkeypa
     with pytest.raises(ModelError, match="these are probabilities"):
         refresh(standins.config(teacher_checkpoint=tmp_path / "p.onnx"), copy, "teacher")
     save_teacher(tmp_path / "low.onnx", bias=-50)
-    monkeypatch.setattr("kdcache.precompute.need.free", lambda out: (1000, None))
+    monkeypatch.setattr("kdcache.cache.need.free", lambda out: (1000, None))
     settings = standins.config(teacher_checkpoint=tmp_path / "low.onnx")
     with pytest.raises(CacheError, match="10 rows will take about .* 1.0 kB left"):
         refresh(settings, copy, "teacher", device="cpu")

@@ -1,4 +1,4 @@
-"""How much disk an extraction will take, and whether it is there."""
+"""How much disk further rows will take, and whether it is there."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.cache.layout import ArraySpec
 from kdcache.cache.shard import encode_chunk, index_bytes
-from kdcache.config import Compression
 from kdcache.errors import CacheError
 from kdcache.places import Place, Url
 from kdcache.tables import megabytes
+
+if TYPE_CHECKING:
+    from kdcache.config import Compression
 
 # The file system's own blocks, commit records, and rows that compress worse than those looked at.
 _MARGIN = 1.05
