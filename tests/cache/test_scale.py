@@ -13,11 +13,11 @@ from conftest import MANIFEST, make_row
 
 from kdcache.cache.format import Commit, RowKey, commit_name, manifest_digest
 from kdcache.cache.layout import Group, Manifest, TapSpec
+from kdcache.cache.need import Need
 from kdcache.cache.reader import Cache
 from kdcache.cache.shard import ObjectRecord
 from kdcache.cache.writer import CacheWriter
 from kdcache.config import ExtractConfig
-from kdcache.precompute.need import Need
 
 ROWS = 64_000
 
