@@ -131,6 +131,16 @@ def opening(path: Path) -> Figures:
     return found
 
 
+def indexed(path: Path) -> Figures:
+    """The memory of all shard files' indexes, which a reader keeps: after an epoch it has them all."""
+    cache = Cache(path)
+    before = _resident_bytes()
+    for row in range(0, len(cache), cache.manifest.shard_rows):
+        for array in cache.specs:
+            cache.locate(row, array)
+    return {"after an epoch, more MB": (_resident_bytes() - before) / 1e6}
+
+
 def sending(path: Path) -> Figures:
     """To a process that is spawned, as those of `sweep` and of torch's DataLoader may be."""
     cache = Cache(path)
@@ -205,9 +215,16 @@ def fresh(probe: Callable[[Path], Figures], path: Path) -> Figures:
         return pool.submit(probe, path).result()
 
 
-def medians(probe: Callable[[Path], Figures], path: Path, rounds: int, cold: bool) -> Figures:
-    from loaders import drop_pages
+def drop_pages(folder: Path) -> None:
+    """Ask the kernel to forget the files, which are on the disk already."""
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            descriptor = os.open(os.path.join(parent, name), os.O_RDONLY)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
 
+
+def medians(probe: Callable[[Path], Figures], path: Path, rounds: int, cold: bool) -> Figures:
     found = []
     for _ in range(rounds):
         if cold:
@@ -242,7 +259,7 @@ def measure(
     for cold in (False, True):
         for probe in (opening, first_batch):
             found |= medians(probe, path, rounds, cold)
-    for probe in (open_whole, info_whole, sending, appending, known):
+    for probe in (open_whole, info_whole, indexed, sending, appending, known):
         found |= medians(probe, path, rounds, cold=False)
     if verified:
         found |= medians(verifying, path, 1, cold=False)
@@ -286,6 +303,7 @@ def main(
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
             click.echo(f"{count} rows …", err=True)
             found.append(measure(Path(temporary), count, shard_rows, rounds, verified))
+            click.echo(json.dumps(found[-1]), err=True)
     click.echo(f"shards of {shard_rows} rows; medians of {rounds}; {line(machine())}\n")
     click.echo(table(found))
     if json_path is not None:

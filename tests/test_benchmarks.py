@@ -47,6 +47,18 @@ def test_all_comparisons_come_out_of_one_run(tmp_path):
     assert found["formats"]["kdcache, zstd"]["at random"] > 0
 
 
+def test_scale_measures_each_number_of_rows(tmp_path):
+    sizes = ["--rows", 5, "--rows", 40, "--rounds", 1, "--folder", tmp_path]
+    table = run(FOLDER / "scale.py", *sizes, "--json", tmp_path / "found.json")
+    assert "| open s |" in table
+    few, more = json.loads((tmp_path / "found.json").read_text())["figures"]
+    assert more["files"] - few["files"] == 8  # a second shard of seven arrays and its record
+    for one in (few, more):
+        assert one["planned"] == one["files"] + one["folders"] + 2
+        assert min(one["verify s"], one["known rows s"], one["first batch s, cold"]) > 0
+    assert [path.name for path in tmp_path.iterdir()] == ["found.json"]
+
+
 @pytest.mark.skipif(shutil.which("cc") is None, reason="throttle.c needs a C compiler")
 def test_throttled_reads_take_the_time_they_should(tmp_path):
     """A reader through preadv, as kdcache's, and one through read, as Python's files."""
