@@ -255,10 +255,13 @@ def told_plainly() -> Iterator[None]:
             f"{error.allowed_failures + 1} workers died one after the other at the same task "
             f"({error.task}), the last was {error.last_worker.address}: out of memory? Their logs tell"
         ) from error
-    except (CommClosedError, TimeoutError, CancelledError) as error:
+    except (CommClosedError, OSError, CancelledError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # a disk's: what dask says of connections has no number
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise ClusterError(
-            f"the cluster's scheduler is lost, or does not answer: {first}"
+            f"the cluster's scheduler is lost, or does not answer ({first}); what is committed stays: "
+            "start it again, and the same command goes on"
         ) from error
 
 

@@ -11,6 +11,7 @@ import functools
 import logging
 import os
 import random
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,11 +32,17 @@ _ATTEMPTS, _FIRST_WAIT_S = 7, 0.25
 
 # These say what is there; asking again would not change it.
 _ANSWERS = (FileExistsError, IsADirectoryError, NotADirectoryError, NotImplementedError)
+_MISTAKES = (PermissionError, ValueError, TypeError)  # a wrong address is a ValueError
 
 # One layer retries, ours: with the client's own below it a dead server would take minutes to tell.
 _OPTIONS: dict[str, dict[str, Any]] = {
     "s3": {
-        "config_kwargs": {"retries": {"total_max_attempts": 1}, "max_pool_connections": 64},
+        "config_kwargs": {
+            "retries": {"total_max_attempts": 1},
+            "max_pool_connections": 64,
+            "connect_timeout": 5,
+            "read_timeout": 10,  # without a byte
+        },
         # more than one would ask for the size of each object before it is read
         "max_concurrency": 1,
     }
@@ -202,11 +209,11 @@ class Url:
             except Exception as error:
                 # many clients raise errors of their own, of no common base
                 reason = f"{type(error).__name__}: {str(error).strip() or 'no more is said'}"
-                if isinstance(error, PermissionError) or "Credential" in type(error).__name__:
+                if isinstance(error, _MISTAKES) or "Credential" in type(error).__name__:
                     raise StorageError(
-                        f"{self} cannot be {what}: the store refuses ({reason}); credentials come from the "
-                        "environment only, as its own client documents them (for s3:// "
-                        "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_PROFILE …)"
+                        f"{self} cannot be {what}: the store, or its client, refuses ({reason}); "
+                        "credentials come from the environment only, as its client documents (for s3:// "
+                        "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_PROFILE, AWS_ENDPOINT_URL …)"
                     ) from error
                 if attempt == _ATTEMPTS:
                     seconds = time.monotonic() - started
@@ -215,7 +222,7 @@ class Url:
                         f"last with {reason}; check the network, the store and its address in the "
                         "environment (AWS_ENDPOINT_URL), then run the same command again"
                     ) from error
-                if attempt == 3:
+                if attempt == 2:
                     log.warning("%s cannot be %s (%s); trying again", self, what, reason)
             # spread, so that many clients of an overloaded store do not come back at once
             time.sleep(_FIRST_WAIT_S * 2 ** (attempt - 1) * random.uniform(0.75, 1.25))
@@ -231,6 +238,8 @@ def place_of(text: str | Place) -> Place:
         return text
     scheme, separator, rest = text.partition("://")
     if not separator:
+        if re.match(r"(s3|gs|gcs|az|abfs|memory|file|https?):/", text) and not Path(text).exists():
+            raise ConfigError(f"{text}: did you mean {text.replace(':/', '://', 1)}?")
         return Path(text)
     if scheme in ("file", "local"):
         return Path(rest)
@@ -240,8 +249,13 @@ def place_of(text: str | Place) -> Place:
             f"{shown}: credentials do not belong into a URL, which is stored and printed; they come "
             "from the environment"
         )
+    path = "/".join(part for part in rest.split("/") if part)
+    if not path:
+        raise ConfigError(
+            f"{text}: expected a place in the store, such as {scheme}://bucket/coco.zarr"
+        )
     _filesystem(text)
-    return Url(text.rstrip("/"))
+    return Url(f"{scheme}://{path}")
 
 
 def children(folder: Place) -> list[str]:
@@ -314,6 +328,11 @@ def absolute(path: Place) -> Place:
     return path if isinstance(path, Url) else path.absolute()
 
 
+def resolved(path: Place) -> Place:
+    """The same place, whichever links and dots it was named by."""
+    return path if isinstance(path, Url) else path.resolve()
+
+
 def is_file(path: Place) -> bool:
     """Whether a file is there; no path has a name of impossible length."""
     return path.is_file() if isinstance(path, Url) else os.path.isfile(path)
@@ -360,9 +379,8 @@ def _filesystem_of(scheme: str, pid: int) -> Any:
         )
     except (ValueError, ImportError) as error:
         known = _EXTRAS.get(scheme)
-        raise ConfigError(
-            f"{scheme}://: {error}" if known is None else f"{scheme}:// needs `pip install {known}`"
-        ) from error
+        fix = f"pip install {known}" if known else "S3 is s3://bucket/…; a local path has no ://"
+        raise ConfigError(f"{scheme}://: {error}; {fix}") from error
     if hasattr(fs, "retries"):
         fs.retries = 1
     return fs

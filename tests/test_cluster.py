@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import signal
@@ -170,6 +171,15 @@ def test_a_worker_that_dies_again_and_again_is_one_error(one_worker):
         client.wait_for_workers(1, timeout=30)
         (after,) = client.run(process_id).values()
     assert before != after
+
+
+def test_only_what_dask_says_of_connections_becomes_an_error_of_the_cluster():
+    timed_out = OSError("Timed out trying to connect to tcp://127.0.0.1:1 after 10 s")
+    lost = "scheduler is lost.*Timed out.*the same command goes on"
+    with pytest.raises(ClusterError, match=lost), cluster.told_plainly():
+        raise timed_out
+    with pytest.raises(OSError, match="No space left"), cluster.told_plainly():
+        raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_without_workers_it_is_said_and_waited_for(tmp_path, monkeypatch, caplog):

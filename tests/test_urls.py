@@ -23,6 +23,7 @@ from kdcache.config import TrainConfig
 from kdcache.doctor.store import check_store
 from kdcache.errors import CacheError, ConfigError, DatasetError, StorageError
 from kdcache.places import Url, children, files_below, place_of, read_some
+from kdcache.precompute import job
 from kdcache.precompute.dataset import folder_dataset, unlabelled_dataset
 from kdcache.precompute.extract import extract
 from kdcache.precompute.plan import plan
@@ -81,6 +82,11 @@ def test_urls_are_told_from_paths_and_credentials_in_them_are_refused(tmp_path):
     assert "secret" not in str(caught.value)
     with pytest.raises(ConfigError, match="pip install gcsfs"):
         place_of("gs://bucket/c")
+    assert place_of("memory://b//c//d.zarr") == Url("memory://b/c/d.zarr")
+    with pytest.raises(ConfigError, match="did you mean s3://bucket/c.zarr"):
+        place_of("s3:/bucket/c.zarr")
+    with pytest.raises(ConfigError, match="expected a place in the store, such as s3://bucket/"):
+        place_of("s3://")
     with pytest.raises(ConfigError, match="nothing://"):
         place_of("nothing://bucket/c")
 
@@ -266,6 +272,34 @@ def test_batches_from_a_url_equal_those_from_a_disk(bucket, cache: Cache):
         for name, map_NCHW in here.features.items():
             np.testing.assert_array_equal(map_NCHW, there.features[name])
         np.testing.assert_array_equal(here.image, there.image)
+
+
+def test_what_the_writer_would_refuse_is_told_before_models_are_loaded(
+    bucket, standins: Standins, monkeypatch
+):
+    monkeypatch.setattr(job, "open_models", None)
+    dataset = folder_dataset(standins.images, standins.masks)
+    with pytest.raises(CacheError, match="there is no absent-bucket in that store"):
+        extract(standins.config(), dataset, Url("s3://absent-bucket/c.zarr"), device="cpu")
+    written(bucket / "c", range(2))
+    held = lock.locked(bucket / "c")
+    with pytest.raises(CacheError, match="is being written by process"):
+        extract(standins.config(), dataset, bucket / "c", device="cpu")
+    held.close()
+
+
+def test_a_wrong_address_is_told_at_once(bucket, monkeypatch):
+    attempts = []
+
+    class Mistaken:
+        def info(self, key: str) -> None:
+            attempts.append(key)
+            raise ValueError("Invalid endpoint: 127.0.0.1:9")
+
+    monkeypatch.setattr(places, "_filesystem", lambda url: (Mistaken(), url))
+    with pytest.raises(StorageError, match="Invalid endpoint.*AWS_ENDPOINT_URL"):
+        (bucket / "c").exists()
+    assert len(attempts) == 1
 
 
 def test_refused_credentials_are_told_at_once(store, bucket, monkeypatch):

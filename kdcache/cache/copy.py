@@ -31,7 +31,7 @@ from kdcache.cache.thin import Thinning, changes
 from kdcache.cache.writer import CacheWriter, in_its_generations, is_foreign, refuse_other
 from kdcache.durable import NewFile, fsync
 from kdcache.errors import CacheError, StorageError
-from kdcache.places import Place, Url, absolute, read_blocks
+from kdcache.places import Place, Url, read_blocks, resolved
 from kdcache.progress import Progress
 from kdcache.stop import StopRequest
 from kdcache.tables import megabytes, printable
@@ -114,7 +114,7 @@ def copy_cache(
 
 def _refuse_nested(source: Place, copy: Place) -> None:
     """Raise CacheError where one of the two lies in the other."""
-    from_, to = (f"{absolute(path)}/" for path in (source, copy))
+    from_, to = (f"{resolved(path)}/" for path in (source, copy))
     if to.startswith(from_) or from_.startswith(to):
         how = "are one folder" if from_ == to else "lie in each other"
         raise CacheError(f"{source} and {copy} {how}; copy to a folder beside it")

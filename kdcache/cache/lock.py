@@ -57,6 +57,12 @@ class Lease:
         _refuse_if_held(cache, self._url)
         try:
             self._url.write_new(self._content())
+        except FileNotFoundError:
+            bucket = cache.text.split("/")[2]
+            raise CacheError(
+                f"{cache} cannot be written: there is no {bucket} in that store; make it first, or mend "
+                "the name"
+            ) from None
         except FileExistsError:  # what `_refuse_if_held` found to be void, or another was faster
             _refuse_if_held(cache, self._url)
             self._url.write_bytes(self._content())
@@ -106,6 +112,12 @@ class Lease:
 def locked(path: Place) -> FolderLock | Lease:
     """The cache's lock, until it is closed; CacheError when another writer has it."""
     return Lease(path) if isinstance(path, Url) else FolderLock(path)
+
+
+def refuse_unwritable(path: Place) -> None:
+    """Raise what a writer would raise of the place, before hours of work are begun for it."""
+    if isinstance(path, Url) or path.is_dir():
+        locked(path).close()
 
 
 def is_being_written(path: Place) -> bool:

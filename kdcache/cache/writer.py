@@ -342,7 +342,10 @@ def remove_replaced(path: Place, root: Root) -> Root:
 def _create(path: Path, manifest: Manifest) -> None:
     """Lay out an empty cache beside `path` and give it its name when all of it is on disk."""
     documents = _documents(manifest)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CacheError(f"cannot create {path}: {error.strerror} ({path.parent})") from error
     _sweep_staging(path)
     staging = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
     try:
@@ -456,8 +459,13 @@ def refuse_other(path: Place, found: Manifest, asked: Manifest) -> None:
         old, new = found.fingerprint.get(field), asked.fingerprint.get(field)
         if old != new:
             raise FingerprintError(
-                f"{path} was extracted with {field} = {old}, now {new} was asked for; "
-                "write to another place, or use the settings and files the cache was made with"
+                f"{path} was made with {field} = {old}, now {new} was asked for; "
+                + (
+                    "it is a copy that was rounded twice: add the rows to what it was copied from, and "
+                    "run that `kdcache copy` again"
+                    if " of " in f"{old}"
+                    else "write to another place, or use the settings and files the cache was made with"
+                )
             )
     for field in ("shard_rows", "compression", "size_px", "logits_dtype", "taps"):
         old, new = getattr(found, field), getattr(asked, field)

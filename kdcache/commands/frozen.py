@@ -92,9 +92,7 @@ def demo_command(out: Path, as_json: bool) -> None:
     help="Compute one part of the cache anew, with the --teacher or --yolo given.",
 )
 @option("--strict", is_flag=True, help="Stop at the first image that cannot be used.")
-@option(
-    "--dask", "scheduler", metavar="ADDRESS", help="Work on a dask cluster (or its .json file)."
-)
+@option("--dask", "scheduler", metavar="ADDRESS|FILE", help="Work on a dask cluster's workers.")
 @option(
     "--local-workers",
     type=click.IntRange(1),
@@ -118,6 +116,10 @@ def extract(
     With --refresh one model runs again over the pixels in the cache; --images is not needed then.
     """
     if refresh is not None:
+        if scheduler or local_workers:
+            raise click.UsageError(
+                "--refresh works in one process: without --dask, --local-workers"
+            )
         _refresh(refresh, as_json, **inputs)
         return
     if scheduler and local_workers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import getpass
 import os
@@ -185,7 +186,14 @@ def _user() -> str:
 
 
 def _mount_point(folder: Path) -> Path:
-    return next(path for path in (folder, *folder.parents) if os.path.ismount(path))
+    """Also of a bind mount, which has the device of what it shows."""
+    mounts: set[str] = set()
+    with contextlib.suppress(OSError):  # Linux
+        lines = Path("/proc/self/mountinfo").read_text().splitlines()
+        mounts = {line.split()[4].replace("\\040", " ") for line in lines}
+    resolved = folder.resolve()
+    parents = (resolved, *resolved.parents)
+    return next(path for path in parents if str(path) in mounts or os.path.ismount(path))
 
 
 def _of_the_cache(found: Place, gpu: bool) -> Iterator[Finding]:
@@ -227,7 +235,13 @@ def check_cache(outcome: Outcome, path: Path | Url) -> list[Finding]:
         findings.append(problem("cache", one_line(damage), fix))
     elif "rows" in facts:
         size = megabytes(facts["size_bytes"])
-        findings.append(ok("cache", f"{path} opens: {facts['rows']} rows, {size}", **facts))
+        findings.append(
+            ok(
+                "cache",
+                f"{path} opens: {facts['rows']} rows, {size}; kdcache verify reads all of it",
+                **facts,
+            )
+        )
     else:
         reason = one_line(facts.get("error") or outcome.ended)
         fix = "mend the libraries that are named here first, then run kdcache doctor again"

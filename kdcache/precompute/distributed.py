@@ -249,6 +249,8 @@ class _Places:
 
     def count(self, device: str) -> int:
         threads = self._client.nthreads()
+        for address in self._known.keys() - threads.keys():
+            log.warning("worker %s is gone; its shards in work go to others", self._known[address])
         self._known = {
             address: self._known[address] for address in threads if address in self._known
         }

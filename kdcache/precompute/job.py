@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from kdcache.cache import codecs
 from kdcache.cache.format import RowKey, describe_row
 from kdcache.cache.layout import IMAGE, MASK, ROWS, Manifest, TapSpec, logits_dtype
+from kdcache.cache.lock import refuse_unwritable
 from kdcache.cache.need import stored_bytes
 from kdcache.cache.reader import Cache
 from kdcache.cache.writer import is_foreign
@@ -99,6 +100,7 @@ def survey(
     planned = _planned(dataset, config, split, limit)
     if is_foreign(out):
         raise CacheError(f"--out {out} exists and is not a kdcache cache; choose another")
+    refuse_unwritable(out)
     known = _known(out)
     tally.pixels |= {key: digests.pixels_sha256 for key, digests in known.items()}
     _refuse_second_split(planned, known, out)

@@ -344,6 +344,28 @@ def test_another_cache_and_strangers_are_refused_and_left_alone(source, tmp_path
     assert not (tmp_path / "c").exists()
 
 
+def test_a_cache_is_not_copied_into_itself_by_any_name(source, tmp_path):
+    own = shutil.copytree(source.path, tmp_path / "own")
+    (tmp_path / "link").symlink_to(own)
+    before = contents(own)
+    for name, how in {
+        "own": "are one folder",
+        "link": "are one folder",
+        "x/../own/": "are one folder",
+        "own/inner": "lie in each other",
+        "link/inner": "lie in each other",
+    }.items():
+        with pytest.raises(CacheError, match=how):
+            copy_cache(own, tmp_path / name)
+    assert contents(own) == before
+
+
+def test_who_would_add_to_a_copy_that_was_rounded_twice_is_told_what_to_do(source, tmp_path):
+    copy_cache(source.path, tmp_path / "c", Thinning(precision="int5"))
+    with pytest.raises(FingerprintError, match="int5 of int8.*rounded twice: add the rows to what"):
+        CacheWriter(tmp_path / "c", at("int5"))
+
+
 def test_rows_of_the_same_keys_that_are_not_copies_are_refused(source, tmp_path):
     with CacheWriter(tmp_path / "c", TWO_TAPS) as writer:
         for number in range(3):

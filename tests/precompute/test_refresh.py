@@ -325,3 +325,18 @@ def test_the_command(standins, copy, others, expected):
     assert result.exit_code == 2
     for option in ("--images", "--yolo", "--size", "--split"):
         assert option in result.stderr
+
+
+def test_a_refresh_is_not_done_by_workers(standins, copy):
+    given = [
+        "extract",
+        "--out",
+        str(copy),
+        "--refresh",
+        "teacher",
+        "--teacher",
+        str(standins.teacher),
+    ]
+    result = CliRunner().invoke(main, [*given, "--local-workers", "2"])
+    assert result.exit_code == 2
+    assert "--refresh works in one process" in result.stderr
