@@ -184,7 +184,7 @@ def test_what_several_killed_workers_left_is_swept(tmp_path):
             shard.finish()
         else:  # it died before
             for file in shard._files.values():
-                file._file.close()
+                file._file._file.close()
     killed._lock.close()
     assert len(list(out.rglob("*.kdtmp"))) > 0
     with CacheWriter(out, MANIFEST) as writer:
