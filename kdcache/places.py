@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 from urllib.parse import urlsplit
 
@@ -30,7 +30,7 @@ T = TypeVar("T")
 # About 16 s of waiting in all, doubled each time: an overloaded store recovers, a dead one is told.
 _ATTEMPTS, _FIRST_WAIT_S = 7, 0.25
 
-# These say what is there; asking again would not change it.
+# Asking again would change neither what is there nor a mistake.
 _ANSWERS = (FileExistsError, IsADirectoryError, NotADirectoryError, NotImplementedError)
 _MISTAKES = (PermissionError, ValueError, TypeError)  # a wrong address is a ValueError
 
@@ -80,11 +80,6 @@ class Url:
         """The folder it is in."""
         return Url(self.text.rstrip("/").rpartition("/")[0])
 
-    @property
-    def suffix(self) -> str:
-        """The name's ending, with its dot."""
-        return PurePosixPath(self.name).suffix
-
     def is_file(self) -> bool:
         """Whether there is an object of this very name."""
         return self._kind() == "file"
@@ -113,9 +108,7 @@ class Url:
 
     def write_bytes(self, data: bytes) -> None:
         """Put an object there, whole or not at all, in the place of what was there."""
-        self._call(
-            "written", lambda fs, key: _with_parents(fs, key, lambda: fs.pipe_file(key, data))
-        )
+        self._call("written", lambda fs, key: fs.pipe_file(key, data))
 
     def write_new(self, data: bytes) -> None:
         """Put an object where none is; raises FileExistsError when there is one."""
@@ -123,9 +116,7 @@ class Url:
 
     def write_file(self, source: Path) -> None:
         """Put a local file there, whole or not at all."""
-        self._call(
-            "written", lambda fs, key: _with_parents(fs, key, lambda: fs.put_file(str(source), key))
-        )
+        self._call("written", lambda fs, key: fs.put_file(str(source), key))
 
     def unlink(self, missing_ok: bool = False) -> None:
         """Remove the object."""
@@ -314,13 +305,10 @@ def remove_folder(folder: Place) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def picture_of(cache: Place, ending: str) -> Path:
-    """Where a picture about a cache is drawn: beside it, or of one at a URL in the current folder."""
-    return (
-        Path(cache.name + ending)
-        if isinstance(cache, Url)
-        else cache.with_name(cache.name + ending)
-    )
+def picture_of(cache: Place) -> Path:
+    """Where the first look is drawn: beside the cache, or of one at a URL in the current folder."""
+    name = f"{cache.name}-check.png"
+    return Path(name) if isinstance(cache, Url) else cache.with_name(name)
 
 
 def absolute(path: Place) -> Place:
@@ -347,15 +335,6 @@ def make_folder(folder: Place) -> None:
     """Make a folder and those above it; a URL needs none."""
     if isinstance(folder, Path):
         folder.mkdir(parents=True, exist_ok=True)
-
-
-def _with_parents(fs: Any, key: str, write: Callable[[], Any]) -> None:
-    """Most stores have no folders; those that do want them first."""
-    try:
-        write()
-    except FileNotFoundError:
-        fs.makedirs(key.rpartition("/")[0], exist_ok=True)
-        write()
 
 
 def _filesystem(url: str) -> tuple[Any, str]:

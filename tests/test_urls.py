@@ -343,6 +343,11 @@ def test_doctor_times_a_store_and_names_one_that_refuses(bucket, store):
     assert (answered.level, rate.check) == ("ok", "speed")
     assert rate.values["rows_per_s"] > 0
     assert files_below(bucket) == [f"c/{name}" for name in files_below(bucket / "c")]
+    absent = Url(f"s3://absent-{store.new_bucket()}")
+    for place in (absent, absent / "c"):  # looking makes no bucket
+        (told,) = check_store(place, gpu=False)
+        assert (told.level, "No such file" in told.found) == ("problem", True)
+    assert check_store(Url(bucket.text.removesuffix("/data")), gpu=False)[0].level == "ok"
     store.dies_after = 0  # it may be read, not written to
     (told,) = check_store(bucket / "c", gpu=False)
     assert (told.level, "extract cannot append" in told.found) == ("note", True)

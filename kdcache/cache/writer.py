@@ -12,7 +12,7 @@ import os
 import shutil
 import threading
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -197,13 +197,16 @@ class CacheWriter:
 
     def remove_temporary(self) -> None:
         """Remove what killed processes left of files that others have written since."""
-        for name in files_below(self._path):
+        self._remove_temporary(files_below(self._path))
+
+    def _remove_temporary(self, files: Iterable[str]) -> None:
+        for name in files:
             if name.endswith(TEMPORARY_SUFFIX):
                 (self._path / name).unlink(missing_ok=True)
 
     def free_shards(self, count: int) -> list[int]:
         """So many numbers of shards that there are not, from the lowest."""
-        numbers = (number for number in itertools.count() if number not in self._shards)
+        numbers = (n for n in itertools.count(self._shard) if n not in self._shards)
         return list(itertools.islice(numbers, count))
 
     def expect(self, rows: int) -> None:
@@ -296,7 +299,7 @@ class CacheWriter:
                 "interrupted extraction leaves one such shard at most: restore commits/ from a "
                 "backup; or delete those files (c.<shard>.*) to have their rows computed again"
             )
-        self.remove_temporary()
+        self._remove_temporary(files)
         for name in itertools.chain(*orphans.values()):
             (self._path / name).unlink(missing_ok=True)
         if isinstance(self._path, Path):

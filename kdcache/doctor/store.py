@@ -17,9 +17,10 @@ _TRIAL_BYTES = 16 * 2**20
 def check_store(url: Url, gpu: bool) -> list[Finding]:
     """Write an object beside the URL, read it, remove it; a cache may be read without being written."""
     is_cache = False
+    folder = url.parent if url.text.count("/") > 2 else url  # a bucket has none above it
     try:
         is_cache = (url / "zarr.json").is_file()
-        trial = url.parent / f"{url.name}.{uuid.uuid4().hex[:8]}.kdcache-doctor"
+        trial = folder / f"{url.name}.{uuid.uuid4().hex[:8]}.kdcache-doctor"
         written_bytes_per_s, read_bytes_per_s = _speeds(trial)
     except (KdcacheError, OSError) as error:
         if not is_cache:
@@ -32,7 +33,7 @@ def check_store(url: Url, gpu: bool) -> list[Finding]:
                 "ask for leave to write there, or `kdcache copy` it to a place of your own",
             )
         ]
-    answered = ok("store", f"{url.parent} answers, and can be written to")
+    answered = ok("store", f"{folder} answers, and can be written to")
     return [answered, speed(written_bytes_per_s, read_bytes_per_s, gpu)]
 
 

@@ -14,7 +14,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,13 +50,13 @@ from kdcache.precompute.extract import (
     ExtractReport,
     into_cache,
     known_bytes,
+    nothing_usable,
     refuse_if_too_much,
-    refuse_nothing,
     run,
     warm_up,
 )
 from kdcache.precompute.job import DEFAULT_BATCH, Job, Models, bytes_per_row, open_models, survey
-from kdcache.precompute.sources import Prepared, Tally, prepare
+from kdcache.precompute.sources import Tally, prepare
 from kdcache.precompute.stages import WRITE, Stages, StageTimes
 from kdcache.progress import Progress
 from kdcache.stop import StopRequest
@@ -68,6 +68,9 @@ _MODELS = ("yolo_onnx_path", "teacher_checkpoint")
 # While a GPU's shard is compressed and written, the next one's photos go through the models; on the
 # CPU they would share its cores.
 _AT_ONCE_ON_GPU = 2
+
+# Photos that go to a worker for the first look; all of a dataset, with its annotations, are many.
+_TRIED_AT_ONCE = 8 * LOOKED_AT
 
 Todo = Sequence[tuple[RowKey, Sample]]
 
@@ -91,7 +94,7 @@ class _Looked(NamedTuple):
 
     device: str
     manifest: Manifest
-    first: list[Prepared]
+    photos: int  # of those that were tried, that can be used
     skipped: dict[str, str]
     found: Check | None
     picture: bytes
@@ -146,8 +149,7 @@ def extract_on(  # noqa: PLR0913 - those of `extract`, and where
     with told_plainly():
         places = _Places(client, device)
         sent = _send_models(client, work)
-        first = [] if found.known else _absolute(found.todo)
-        looked: _Looked = _result(client, sent, _look, work, first)
+        looked = _looked(client, sent, work, [] if found.known else found.todo)
         job = Job(
             **vars(found),
             device=looked.device,
@@ -155,7 +157,7 @@ def extract_on(  # noqa: PLR0913 - those of `extract`, and where
             yolo=None,
             teacher=None,
         )
-        if first:
+        if job.todo and not job.known:
             _say(looked, job)
         elif job.todo:
             refuse_if_too_much(known_bytes(out), job, out)
@@ -175,11 +177,25 @@ def extract_on(  # noqa: PLR0913 - those of `extract`, and where
         )
 
 
+def _looked(client: Client, sent: Sequence[Future[Any]], work: _Work, todo: Todo) -> _Looked:
+    """The first look of a worker, at the first photos of which one can be used."""
+    skipped: dict[str, str] = {}
+    start = 0
+    while True:
+        tried = _absolute(todo[start : start + _TRIED_AT_ONCE])
+        looked: _Looked = _submitted(client, sent, _look, work, tried).result()
+        skipped |= looked.skipped
+        start += _TRIED_AT_ONCE
+        if looked.photos or start >= len(todo):
+            return looked._replace(skipped=skipped)
+
+
 def _say(looked: _Looked, job: Job) -> None:
     """What the first look tells on one machine."""
-    refuse_nothing(looked.first, job, looked.skipped)
+    if not looked.photos:
+        raise nothing_usable(job, looked.skipped)
     if looked.found is not None:
-        picture = picture_of(job.out, "-check.png")
+        picture = picture_of(job.out)
         write_atomic(picture, looked.picture)
         say(looked.found, picture)
     refuse_if_too_much(looked.bytes_per_row, job, job.out)
@@ -210,8 +226,8 @@ def _write_all(
         while True:
             room = 0 if stop.asked else places.count(job.device) - len(running)
             for shard, todo in itertools.islice(waiting, max(0, room)):
-                call = sealed(_write_shard, work, writer.manifest, shard, token, _absolute(todo))
-                running.add(client.submit(unsealed, call, *sent, pure=False))
+                work_on = (work, writer.manifest, shard, token, _absolute(todo))
+                running.add(_submitted(client, sent, _write_shard, *work_on))
             if not running:
                 writer.remove_temporary()  # of workers that were killed
                 return
@@ -313,9 +329,10 @@ def _send_models(client: Client, work: _Work) -> list[Future[Any]]:
     return [client.scatter(path.read_bytes(), hash=False) for path in files.values()]
 
 
-def _result(client: Client, sent: Sequence[Future[Any]], function: Any, *arguments: Any) -> Any:
-    call = sealed(function, *arguments)
-    return client.submit(unsealed, call, *sent, pure=False).result()
+def _submitted(
+    client: Client, sent: Sequence[Future[Any]], function: Callable[..., Any], *arguments: Any
+) -> Future[Any]:
+    return client.submit(unsealed, sealed(function, *arguments), *sent, pure=False)
 
 
 # From here on: in a worker.
@@ -388,7 +405,7 @@ def _look(work: _Work, todo: Todo, *sent: bytes) -> _Looked:
             found, seen = first_look(first, models.yolo, models.teacher, file)
             picture = file.read_bytes()
         a_row = bytes_per_row(seen, models.manifest)
-    return _Looked(models.device, models.manifest, first[:1], tally.skipped, found, picture, a_row)
+    return _Looked(models.device, models.manifest, len(first), tally.skipped, found, picture, a_row)
 
 
 def _write_shard(

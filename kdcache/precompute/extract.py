@@ -113,8 +113,8 @@ def extract(
     stages = Stages(workers)
     prepared = prepare(job.todo, config.size, config.resize, workers, tally, stages)
     first = list(itertools.islice(prepared, 0 if job.known else LOOKED_AT))
-    if not job.known:
-        refuse_nothing(first, job, tally.skipped)
+    if not first and not job.known:
+        raise nothing_usable(job, tally.skipped)
     if first:
         _look(first, job, out, progress)
     elif job.todo:
@@ -201,12 +201,11 @@ def into_cache(
     )
 
 
-def refuse_nothing(first: Sequence[Prepared], survey: Survey, skipped: Mapping[str, str]) -> None:
-    """Raise DatasetError where none of the images can be used."""
-    if not first:
-        some = itertools.islice(skipped.items(), 3)
-        reasons = "; ".join(f"{name}: {why}" for name, why in some)
-        raise DatasetError(f"none of the {len(survey.todo)} images can be used ({reasons})")
+def nothing_usable(survey: Survey, skipped: Mapping[str, str]) -> DatasetError:
+    """The error where none of the images can be used."""
+    some = itertools.islice(skipped.items(), 3)
+    reasons = "; ".join(f"{name}: {why}" for name, why in some)
+    return DatasetError(f"none of the {len(survey.todo)} images can be used ({reasons})")
 
 
 def _refuse_if_overtaken(job: Job, writer: CacheWriter, out: Place) -> None:
@@ -227,7 +226,7 @@ def _key(dataset: Dataset, split: str) -> str:
 
 def _look(first: Sequence[Prepared], job: Job, out: Place, progress: bool) -> None:
     """Say what both models score on the first photos, and refuse what cannot fit on the disk."""
-    picture = picture_of(out, "-check.png")
+    picture = picture_of(out)
     found, seen = first_look(first, job.yolo, job.teacher, picture, progress=progress)
     say(found, picture)
     refuse_if_too_much(bytes_per_row(seen, job.manifest), job, out)

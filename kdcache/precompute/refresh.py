@@ -129,7 +129,7 @@ def _look(cache: Cache, model: Yolo | Teacher, manifest: Manifest, progress: boo
         for row in (cache[int(number)] for number in numbers)
     ]
     yolo, teacher = (model, None) if isinstance(model, Yolo) else (None, model)
-    picture = picture_of(cache.path, "-check.png")
+    picture = picture_of(cache.path)
     found, seen = first_look(photos, yolo, teacher, picture, progress=progress)
     say(found, picture)
     old = {spec.path for spec in cache.manifest.arrays()}

@@ -80,7 +80,7 @@ class Tally:
 
 
 def prepare(
-    todo: Iterable[tuple[RowKey, Sample]],
+    todo: Sequence[tuple[RowKey, Sample]],
     size_px: int,
     resize: ResizeMode,
     workers: int,
@@ -89,7 +89,6 @@ def prepare(
 ) -> Iterator[Prepared]:
     """Decoded samples in order, twice as many ahead as threads at most; bad ones go to the tally."""
     waiting: deque[tuple[RowKey, Future[Prepared]]] = deque()
-    todo = list(todo)
     at_url = bool(todo) and isinstance(todo[0][1].image_path, Url)
     threads = max(workers, THREADS_AT_URL) if at_url else workers
 

@@ -76,7 +76,7 @@ def test_they_append_to_what_one_process_began(client, standins, cache, tmp_path
         )
 
 
-def test_bad_photos_are_skipped_by_name_wherever_they_are(client, standins, tmp_path):
+def test_bad_photos_are_skipped_by_name_wherever_they_are(client, standins, tmp_path, monkeypatch):
     images, masks = tmp_path / "images", tmp_path / "masks"
     for folder, source in ((images, standins.images), (masks, standins.masks)):
         folder.mkdir()
@@ -95,6 +95,12 @@ def test_bad_photos_are_skipped_by_name_wherever_they_are(client, standins, tmp_
     assert verify(tmp_path / "c.zarr").ok  # no shard of skipped photos looks lost
     with pytest.raises(DatasetError, match=r"--strict stops here"):
         extract_on(client, config, dataset, tmp_path / "s.zarr", device="cpu", strict=True)
+    # the first usable photo comes after those that a worker is sent first
+    monkeypatch.setattr(distributed, "_TRIED_AT_ONCE", 1)
+    for name in names[:2]:
+        (images / name).write_bytes(b"no image")
+    report = extract_on(client, config, dataset, tmp_path / "f.zarr", device="cpu")
+    assert report.rows_added == 10 - 5
     for name in names:
         (images / name).write_bytes(b"no image")
     with pytest.raises(
