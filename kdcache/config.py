@@ -38,6 +38,7 @@ Compression = Literal["zstd", "lz4", "none"]
 ResizeMode = Literal["stretch", "letterbox"]
 YoloInput = Literal["rgb01", "bgr01", "rgb255", "bgr255"]
 StudentTap = Literal["encoder", "decoder"]
+Attention = Literal["none", "mask", "teacher_uncertainty", "feature_energy"]
 
 # The table of a config file that says what a sweep varies.
 GRID = "grid"
@@ -94,7 +95,13 @@ class ExtractConfig(_Settings):
     val_fraction: float = Field(
         0.0, ge=0, lt=1, description="share of the images, chosen by hash of their id, for val"
     )
-    seed: int = Field(0, ge=0, description="seed of the val choice")
+    views: int = Field(
+        1, ge=1, le=1000, description="views of each training sample; the first is resized only"
+    )
+    augment: str = Field(
+        "light", description="how the others are made: light, heavy or a TOML file"
+    )
+    seed: int = Field(0, ge=0, description="seed of the val choice and of the views")
 
     @field_validator("size")
     @classmethod
@@ -115,8 +122,33 @@ class TrainConfig(_Settings):
     encoder_weights: str = Field(
         "imagenet", description="a weights file, `imagenet` (hub) or `random`"
     )
-    student_tap: StudentTap = Field(
-        "encoder", description="where the projection starts: encoder feature 3 or decoder block 1"
+    student_tap: StudentTap | tuple[StudentTap, ...] = Field(
+        "encoder",
+        description="where projections start: encoder or decoder, at each tap's own stride; or a list, "
+        "one for each tap",
+    )
+    feature_taps: tuple[str, ...] = Field(
+        (), description="taps of the cache that the feature loss is of; none named = all"
+    )
+    tap_weights: tuple[float, ...] = Field(
+        (), description="weight of each of these taps, scaled to add up to 1; none given = equal"
+    )
+    layer_weights: Literal["fixed", "learned"] = Field(
+        "fixed", description="tap_weights as they are, or where learning them begins"
+    )
+    layer_regularisation: float = Field(
+        0.1, ge=0, description="what learned weights pay for leaving tap_weights (times KL)"
+    )
+    feature_attention: Attention = Field(
+        "none", description="which positions of a feature map count more"
+    )
+    views: int = Field(0, ge=0, description="views of a sample that are trained on; 0 = all")
+    student_augment: Literal["none", "light", "heavy"] = Field(
+        "none", description="change colours of what the student sees, on the device; targets stay"
+    )
+    flip_targets: bool = Field(
+        False,
+        description="mirror half of the rows, with their targets: see `kdcache verify --flip`",
     )
     train_encoder: str = Field(
         "none", description="none, last:N (of the encoder's five levels) or all"
