@@ -31,7 +31,7 @@ from kdcache.cache.transforms import BytePlanes, FloatGradient, Form, Nibbles, R
 from kdcache.cache.writer import CacheWriter
 from kdcache.config import Compression, ExtractConfig, Precision
 from kdcache.precompute.dataset import coco_dataset
-from kdcache.precompute.sources import Tally, prepare
+from kdcache.precompute.sources import Preparation, Tally, prepare
 from kdcache.precompute.teacher import Teacher
 from kdcache.precompute.yolo import Yolo
 
@@ -58,22 +58,24 @@ def main() -> None:
 def load(options: argparse.Namespace) -> tuple[TapSpec, list[dict[str, np.ndarray]]]:
     """Real rows: image, mask, logits and features in float32."""
     config = ExtractConfig(size=options.size)
-    yolo = Yolo(options.yolo, tap=options.tap, expects="rgb01", device="cpu", size_px=options.size)
+    yolo = Yolo(
+        options.yolo, taps=[options.tap], expects="rgb01", device="cpu", size_px=options.size
+    )
     teacher = Teacher(
         options.teacher, encoder=config.teacher_encoder, device="cpu", size_px=options.size
     )
-    tap = TapSpec(name=options.tap, precision="int8", shape=yolo.feature_shape, groups=yolo.groups)
+    tap = TapSpec(name=options.tap, precision="int8", **yolo.taps[options.tap]._asdict())
     samples = coco_dataset(options.images, options.coco).samples[: options.limit]
     todo = [(RowKey("train", sample.sample_id, 0), sample) for sample in samples]
     rows = []
-    for prepared in prepare(todo, config.size, config.resize, 2, Tally(strict=True)):
+    for prepared in prepare(todo, Preparation.of(config), 2, Tally(strict=True)):
         batch = prepared.image[None]
         rows.append(
             {
                 IMAGE: prepared.image,
                 MASK: prepared.mask,
                 LOGITS: teacher.logits(batch)[0],
-                "features": yolo.features(batch)[0],
+                "features": yolo.features(batch)[options.tap][0],
             }
         )
     return tap, rows

@@ -57,7 +57,7 @@ from kdcache.pixels import normalised, on_device
 from kdcache.precompute.dataset import Dataset, Sample, folder_dataset
 from kdcache.precompute.extract import extract
 from kdcache.precompute.job import DEFAULT_BATCH, open_teacher, open_yolo
-from kdcache.precompute.sources import Tally, prepare
+from kdcache.precompute.sources import Preparation, Tally, prepare
 from kdcache.precompute.teacher import Teacher
 from kdcache.precompute.yolo import Yolo
 from kdcache.standins import TAP, save_scenes
@@ -105,9 +105,8 @@ class _Online:
 
     def batches(self, clock: _Clock, through_host: bool = False) -> Iterator[Batch]:
         """The epoch that `batches` reads from the cache, made from the image files."""
-        size_px, resize = self.settings.size, self.settings.resize
         todo = [(RowKey("train", sample.sample_id, 0), sample) for sample in self.samples]
-        photos = prepare(todo, size_px, resize, 2, Tally(strict=True))
+        photos = prepare(todo, Preparation.of(self.settings), 2, Tally(strict=True))
         for _ in range(0, len(todo), self.batch_size):
             with clock.part("data"):
                 rows = list(islice(photos, self.batch_size))
@@ -116,7 +115,7 @@ class _Online:
                 pixels = normalised(on_device(images_NHWC, self.device))
                 mask = on_device(masks_NHW, self.device)[:, None]
             with clock.part("detector"):
-                features = torch.as_tensor(self.yolo.features(images_NHWC))
+                features = torch.as_tensor(self.yolo.features(images_NHWC)[TAP])
                 if through_host:
                     features = features.cpu().to(self.device)
             with clock.part("teacher"):
@@ -240,9 +239,8 @@ def _extracted(online: _Online, dataset: Dataset, path: Path) -> tuple[float, fl
     size = DEFAULT_BATCH[online.device]
     todo = [(RowKey("train", sample.sample_id, 0), sample) for sample in online.samples]
     settings = online.settings
-    photos = [
-        row.image for row in prepare(todo, settings.size, settings.resize, 2, Tally(strict=True))
-    ]
+    how = Preparation.of(settings)
+    photos = [row.image for row in prepare(todo, how, 2, Tally(strict=True))]
     batches_NHWC = [np.stack(photos[n : n + size]) for n in range(0, len(photos), size)]
     pairs = []
     for number in range(_EXTRACTIONS):

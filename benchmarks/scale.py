@@ -111,7 +111,7 @@ def write(path: Path, rows: int, shard_rows: int) -> None:
             for name, array in codecs.encode(feature_CHW, _TAP).items()
         }
         shared = writer.encoded(RowKey("train", "", 0), arrays).chunks
-        writer.expect(rows)
+        writer.expect(-(-rows // shard_rows))
         for number in range(rows):
             key = RowKey("train", f"COCO_train2017_{number:012d}.jpg", 0)
             described = encode_chunk(describe_row(key, details_of(key.sample_id)), "zstd")

@@ -68,8 +68,10 @@ class ExtractConfig(_Settings):
     """What decides the content of a cache. Paths, device, batch and worker counts do not belong here."""
 
     yolo_onnx_path: Path | None = Field(None, description="the YOLO detector, an ONNX file")
-    yolo_target_layer: str = Field(
-        "segmentation_model_34_Concat_output_0", description="the tensor to tap in its graph"
+    yolo_target_layer: tuple[str, ...] = Field(
+        ("segmentation_model_34_Concat_output_0",),
+        min_length=1,
+        description="the tensors to tap in its graph: one, or a list",
     )
     yolo_input: YoloInput = Field(
         "rgb01", description="channel order and range the detector expects"
@@ -102,6 +104,18 @@ class ExtractConfig(_Settings):
         "light", description="how the others are made: light, heavy or a TOML file"
     )
     seed: int = Field(0, ge=0, description="seed of the val choice and of the views")
+
+    @field_validator("yolo_target_layer", mode="before")
+    @classmethod
+    def _one_layer_is_a_list(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("yolo_target_layer")
+    @classmethod
+    def _layers_are_told_apart(cls, layers: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(layers)) < len(layers):
+            raise ValueError("a layer stands there twice")
+        return layers
 
     @field_validator("size")
     @classmethod

@@ -51,9 +51,10 @@ def torch_device(device: str) -> str:
 
 
 class OnnxNetwork:
-    """An ONNX graph from one image input to its first output, on one device.
+    """An ONNX graph from one image input to its first outputs, on one device.
 
-    Hides whether the graph's batch is dynamic or fixed and its input float32 or float16. With
+    Hides whether the graph's batch is dynamic or fixed and its input float32 or float16. `outputs`
+    is how many of the graph's are wanted. With
     `photos` the graph takes uint8 pixels, (N, size, size, 3). `spinning` lets idle threads wait
     busily on the CPU, as is onnxruntime's default. Raises ModelError when it does not load
     or does not take (N, 3, size, size), or those, ProviderError when ONNX Runtime fell back to
@@ -67,17 +68,19 @@ class OnnxNetwork:
         device: str,
         size_px: int,
         *,
+        outputs: int = 1,
         photos: bool = False,
         spinning: bool = False,
     ) -> None:
         self._path = path
         self.device = torch_device(device)
         self._session = _open_session(model, path, device, spinning)
+        self._outputs = self._session.get_outputs()[:outputs]
         # results of other types, such as float64, are converted there
-        self._through_host = (
-            self.device == "cpu" or self._session.get_outputs()[0].type not in _DTYPES
+        self._through_host = self.device == "cpu" or any(
+            output.type not in _DTYPES for output in self._outputs
         )
-        self._shape: torch.Size | None = None  # of an image's output, once one was computed
+        self._shapes: list[torch.Size] = []  # of an image's outputs, once they were computed
         inputs = self._session.get_inputs()
         if len(inputs) != 1:
             names = ", ".join(f"{i.name} {i.shape}" for i in inputs)
@@ -101,39 +104,53 @@ class OnnxNetwork:
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """The first output for inputs on `device`, as float32 there."""
-        outputs = [self._outputs(part)[:count] for part, count in self._fixed_batches(inputs)]
-        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).float()
+        return self.outputs(inputs)[0]
+
+    def outputs(self, inputs: Tensor) -> list[Tensor]:
+        """All wanted outputs for inputs on `device`, as float32 there."""
+        parts = [
+            [output[:count] for output in self._computed(part)]
+            for part, count in self._fixed_batches(inputs)
+        ]
+        return [
+            (of_one[0] if len(parts) == 1 else torch.cat(of_one)).float()
+            for of_one in zip(*parts, strict=True)
+        ]
 
     def output_shapes(self, inputs: Tensor) -> list[tuple[int, ...]]:
         """Shapes of all outputs, in the graph's order."""
         part, _ = next(self._fixed_batches(inputs))
         return [output.shape for output in self._run(part)]
 
-    def _outputs(self, part: Tensor) -> Tensor:
-        """The first output of what the graph takes at once."""
-        if self._shape is None or self._through_host:
-            outputs = torch.from_numpy(self._run(part)[0]).to(self.device)
-            self._shape = outputs.shape[1:]
+    def _computed(self, part: Tensor) -> list[Tensor]:
+        """The wanted outputs of what the graph takes at once."""
+        if not self._shapes or self._through_host:
+            arrays = self._run(part)[: len(self._outputs)]
+            outputs = [torch.from_numpy(array).to(self.device) for array in arrays]
+            self._shapes = [output.shape[1:] for output in outputs]
             return outputs
-        return self._bound(part, self._shape)
+        return self._bound(part)
 
-    def _bound(self, part: Tensor, shape: torch.Size) -> Tensor:
-        """The first output, read from and written to torch's memory: no way through the host."""
-        (output, *_) = self._session.get_outputs()
-        dtype = _DTYPES[output.type]
-        result = torch.empty((len(part), *shape), dtype=dtype, device=self.device)
+    def _bound(self, part: Tensor) -> list[Tensor]:
+        """The wanted outputs, read from and written to torch's memory: no way through the host."""
+        results = [
+            torch.empty((len(part), *shape), dtype=_DTYPES[output.type], device=self.device)
+            for output, shape in zip(self._outputs, self._shapes, strict=True)
+        ]
         binding = self._session.io_binding()
-        for bind, name, tensor in (
-            (binding.bind_input, self._input.name, part),
-            (binding.bind_output, output.name, result),
-        ):
+        bound = [(binding.bind_input, self._input.name, part)]
+        bound += [
+            (binding.bind_output, output.name, result)
+            for output, result in zip(self._outputs, results, strict=True)
+        ]
+        for bind, name, tensor in bound:
             element = _NUMPY_DTYPES[tensor.dtype]
             bind(name, self.device, 0, element, tuple(tensor.shape), tensor.data_ptr())
         if part.is_cuda:  # ONNX Runtime has a stream of its own, and must not begin before torch's
             torch.cuda.current_stream().synchronize()
         with self._errors():
             self._session.run_with_iobinding(binding)
-        return result
+        return results
 
     def _fixed_batches(self, inputs: Tensor) -> Iterator[tuple[Tensor, int]]:
         """The inputs in the batches the graph takes, each with the count of its real images.

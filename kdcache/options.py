@@ -179,8 +179,9 @@ def input_options(command: Command) -> Command:
         option(
             "--tap",
             "yolo_target_layer",
+            multiple=True,
             metavar="NAME",
-            help="Tensor of the detector to store (layer 34).",
+            help="Tensor of the detector to store (layer 34); repeatable.",
         ),
         option(
             "--yolo-input",
@@ -196,6 +197,12 @@ def input_options(command: Command) -> Command:
         option("--split", default="train", show_default=True, type=click.Choice(["train", "val"])),
         option(
             "--val-fraction", type=float, metavar="F", help="Share of images put into val, by hash."
+        ),
+        option("--views", type=int, metavar="K", help="Views of each training image (1)."),
+        option(
+            "--augment",
+            metavar="light|heavy|FILE",
+            help="How views but the first are made (light): a policy, or a TOML file of one.",
         ),
         option("--limit", type=click.IntRange(1), metavar="N", help="Only the first N images."),
         option("--batch-size", type=click.IntRange(1), help="Images a model call (CPU 1, GPU 8)."),

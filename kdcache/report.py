@@ -168,8 +168,21 @@ def info_text(info: Mapping[str, Any]) -> str:
             f"{tap}: {channels}×{height}×{width} as {facts['precision']}, {ratio:.2f}× smaller than "
             f"float32 ({grids})"
         )
+    if info["augmentation"]:
+        lines += [f"rows by view: {_counted(info['rows_by_view'])}", _augmentation(info)]
     lines += [f"{field}: {value}" for field, value in info["fingerprint"].items()]
     return "\n".join(lines + _remarks(info))
+
+
+def _counted(counts: Mapping[int, int]) -> str:
+    return ", ".join(f"{view}: {count}" for view, count in counts.items())
+
+
+def _augmentation(info: Mapping[str, Any]) -> str:
+    """Which transforms made the views but the first."""
+    policy, seed = info["augmentation"]["policy"], info["augmentation"]["seed"]
+    used = [name for name, settings in policy.items() if settings.get("probability")]
+    return f"views but 0 were made with seed {seed} by {', '.join(used) or 'nothing'}"
 
 
 def verify_text(report: VerifyReport) -> str:

@@ -18,7 +18,7 @@ def test_defaults_are_the_design_documents():
     assert (train.learning_rate, train.batch_size, train.epochs) == (1e-4, 4, 50)
     assert (train.temperature, train.projection_hidden_dim) == (3.0, 768)
     assert train.student_encoder == "timm-efficientnet-b0"
-    assert extract.yolo_target_layer == "segmentation_model_34_Concat_output_0"
+    assert extract.yolo_target_layer == ("segmentation_model_34_Concat_output_0",)
     assert (extract.size, extract.precision, extract.shard_rows) == (640, "int8", 32)
 
 
@@ -29,7 +29,7 @@ def test_later_sources_win_and_one_file_serves_both_stages(tmp_path):
         TrainConfig, str(file), ["batch_size=8", "kl_scale=T2"], {"epochs": None, "seed": 3}
     )
     assert (config.epochs, config.batch_size, config.kl_scale, config.seed) == (7, 8, "T2", 3)
-    assert load(ExtractConfig, str(file)).yolo_target_layer == "/model.14/Concat_output_0"
+    assert load(ExtractConfig, str(file)).yolo_target_layer == ("/model.14/Concat_output_0",)
 
 
 def test_resolved_settings_read_back(tmp_path):

@@ -28,7 +28,7 @@ from kdcache.cache.parts import Loss, Part, parts_of
 from kdcache.cache.reader import Cache
 from kdcache.cache.shard import ObjectRecord, ShardFile, encode_chunk
 from kdcache.cache.thin import Thinning, changes
-from kdcache.cache.writer import CacheWriter, in_its_generations, is_foreign, refuse_other
+from kdcache.cache.writer import CacheWriter, as_found, is_foreign, refuse_other
 from kdcache.durable import NewFile, fsync
 from kdcache.errors import CacheError, StorageError
 from kdcache.places import Place, Url, read_blocks, resolved
@@ -127,7 +127,7 @@ def _found(copy: Place, manifest: Manifest) -> list[Commit]:
     if not (copy / "zarr.json").is_file():
         return []
     root = read_root(copy)
-    refuse_other(copy, root.manifest, in_its_generations(manifest, root.manifest))
+    refuse_other(copy, root.manifest, as_found(manifest, root.manifest))
     return read_commits(copy, root)
 
 

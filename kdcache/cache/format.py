@@ -92,9 +92,18 @@ class Root:
 
 
 def manifest_digest(manifest: Manifest) -> str:
-    """SHA-256 of what must be the same for all rows of a cache; each commit record holds it."""
-    content = {name: value for name, value in manifest.as_json().items() if name != "versions"}
+    """SHA-256 of what must be the same for all rows of a cache; each commit record holds it.
+
+    How views are made may be settled after the first rows: `augmentation_digest` is in their own.
+    """
+    content = manifest.as_json()
+    content = {n: v for n, v in content.items() if n not in ("versions", "augmentation")}
     return hashlib.sha256(node_bytes(content)).hexdigest()
+
+
+def augmentation_digest(augmentation: Mapping[str, Any]) -> str:
+    """What the rows of augmented views hold of the manifest's `augmentation`."""
+    return hashlib.sha256(node_bytes(augmentation)).hexdigest()[:16]
 
 
 def read_node(cache: Place, root: Root, name: str) -> dict[str, Any]:

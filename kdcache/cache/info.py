@@ -27,6 +27,7 @@ def describe(cache: Cache) -> dict[str, Any]:
         "path": str(cache.path),
         "rows": len(cache),
         "rows_by_split": dict(sorted(Counter(key.split for key in cache.keys).items())),
+        "rows_by_view": dict(sorted(Counter(key.view for key in cache.keys).items())),
         "samples": len(cache.samples),
         "size_px": cache.manifest.size_px,
         "taps": {
@@ -59,5 +60,6 @@ def describe(cache: Cache) -> dict[str, Any]:
         **dataclasses.asdict(remarks.together),
         "in_train_and_val": remarks.in_train_and_val,
         "fingerprint": dict(cache.manifest.fingerprint),
+        "augmentation": cache.manifest.augmentation,
         "versions": dict(cache.manifest.versions),
     }

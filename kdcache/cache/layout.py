@@ -186,6 +186,8 @@ class Manifest:
     fingerprint: Mapping[str, str]
     versions: Mapping[str, str]
     logits_generation: int = 0
+    # what made the views but the first, once there are some: `policy` and `seed`
+    augmentation: Mapping[str, Any] | None = None
 
     @property
     def logits_path(self) -> str:
@@ -232,6 +234,7 @@ class Manifest:
             "fingerprint": dict(self.fingerprint),
             "versions": dict(self.versions),
             **({"logits_generation": self.logits_generation} if self.logits_generation else {}),
+            **({"augmentation": self.augmentation} if self.augmentation else {}),
         }
 
     @classmethod
@@ -245,6 +248,7 @@ class Manifest:
             fingerprint=record["fingerprint"],
             versions=record["versions"],
             logits_generation=record.get("logits_generation", 0),
+            augmentation=record.get("augmentation"),
         )
 
 

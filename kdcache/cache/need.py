@@ -44,10 +44,15 @@ class Need:
 
     @classmethod
     def of(
-        cls, specs: Sequence[ArraySpec], shard_rows: int, bytes_per_row: float, rows: int
+        cls,
+        specs: Sequence[ArraySpec],
+        shard_rows: int,
+        bytes_per_row: float,
+        rows: int,
+        shards: int | None = None,
     ) -> Need:
-        """Of so many rows of that size, in these arrays."""
-        shards, arrays = -(-rows // shard_rows), len(specs)
+        """Of so many rows of that size, in these arrays; as few `shards` as can hold them for None."""
+        shards, arrays = -(-rows // shard_rows) if shards is None else shards, len(specs)
         indexes = shards * arrays * index_bytes(shard_rows)
         return cls(
             rows=rows,

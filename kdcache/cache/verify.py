@@ -22,6 +22,7 @@ from kdcache.cache.format import (
     Root,
     RowKey,
     Staged,
+    augmentation_digest,
     commit_answers,
     commit_name,
     lost_shards,
@@ -291,6 +292,7 @@ def _check_shard(path: Place, root: Root, commit: Commit, spec: ArraySpec) -> It
     """One shard file: as a whole, and each of its rows."""
     name = spec.shard_path(commit.shard)
     record, slots = commit.objects[spec.path], root.manifest.shard_rows
+    made_by = augmentation_digest(root.manifest.augmentation or {})
     try:
         data = (path / name).read_bytes()
     except OSError as error:
@@ -312,7 +314,7 @@ def _check_shard(path: Place, root: Root, commit: Commit, spec: ArraySpec) -> It
                 stored = np.empty(spec.stored.shape, spec.stored.dtype)
                 flat = stored.reshape(-1).view(np.uint8)
                 decode_chunk(chunk, record.crc(slot), root.manifest.compression, flat)
-                _check_values(spec, spec.undo(stored), key)
+                _check_values(spec, spec.undo(stored), key, made_by)
             except DamagedError as error:
                 spoilt[key.sample_id] = str(error)
     except DamagedError as error:
@@ -322,8 +324,8 @@ def _check_shard(path: Place, root: Root, commit: Commit, spec: ArraySpec) -> It
         yield Problem(path=name, problem="; ".join(wrong), rows=list(spoilt))
 
 
-def _check_values(spec: ArraySpec, array: NDArray[Any], key: RowKey) -> None:
-    """What a row may hold; raises DamagedError."""
+def _check_values(spec: ArraySpec, array: NDArray[Any], key: RowKey, made_by: str) -> None:
+    """What a row may hold; raises DamagedError. `made_by` is the digest of what made the views."""
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise DamagedError(f"{np.count_nonzero(~np.isfinite(array))} values are not finite")
     if spec.path == MASK and not np.isin(array, _MASK_VALUES).all():
@@ -336,6 +338,8 @@ def _check_values(spec: ArraySpec, array: NDArray[Any], key: RowKey) -> None:
             raise DamagedError(f"its description is no JSON of a row: {error}") from error
         if described != key:
             raise DamagedError(f"describes {tuple(described)}, {tuple(key)} was committed")
+        if key.view and description.get("augmentation") != made_by:
+            raise DamagedError("its view was made by another augmentation than the cache states")
 
 
 def _samples(commit: Commit) -> list[str]:

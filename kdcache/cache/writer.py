@@ -75,14 +75,18 @@ class CacheWriter:
             if isinstance(path, Url) and not (path / "zarr.json").is_file():
                 _create_at_url(path, manifest)
             self._root = read_root(path)
-            self.manifest = in_its_generations(manifest, self._root.manifest)
-            self._specs = self.manifest.arrays()
-            refuse_other(path, self._root.manifest, self.manifest)
             commits = read_commits(path, self._root)
             self.committed: set[RowKey] = {key for commit in commits for key in commit.keys}
+            found = self._root.manifest
+            if not any(key.view for key in self.committed):  # nothing was made by it yet
+                found = dataclasses.replace(found, augmentation=None)
+            self.manifest = as_found(manifest, found)
+            self._specs = self.manifest.arrays()
+            refuse_other(path, found, self.manifest)
             self._shards = {commit.shard for commit in commits}
             self._free = 0  # all shards below it are committed
             self._sweep()
+            self._settle_augmentation()
             self._declare()  # nothing is reserved: whoever still writes one of those finds that it may not
             self._lengthen(self._root.array_rows)  # a killed writer may have done it in part
         except BaseException:
@@ -123,8 +127,8 @@ class CacheWriter:
     def append(self, row: EncodedRow) -> None:
         """Add one row; commits when the shard is full.
 
-        A row of another split than the open shard's starts a new shard, so that a split can be
-        copied or dropped by whole files.
+        A row of another split or view than the open shard's starts a new shard: a split can be
+        copied by whole files, and views that are added later are in the same ones.
         """
         with self._row_lock:
             self._append(row)
@@ -133,7 +137,7 @@ class CacheWriter:
         keys = self._open.keys if self._open else []
         if row.key in self.committed or row.key in keys:
             raise CacheError(f"row {tuple(row.key)} is in {self._path} already")
-        if keys and keys[-1].split != row.key.split:
+        if keys and shard_kind(keys[-1]) != shard_kind(row.key):
             self.commit()
         self._refuse_torn()
         self._torn = True
@@ -209,10 +213,9 @@ class CacheWriter:
         numbers = (n for n in itertools.count(self._shard) if n not in self._shards)
         return list(itertools.islice(numbers, count))
 
-    def expect(self, rows: int) -> None:
-        """Declare room for so many further rows at once, instead of growing shard by shard."""
-        shard_rows = self.manifest.shard_rows
-        self._declare(rows=(self._shard + -(-rows // shard_rows)) * shard_rows)
+    def expect(self, shards: int) -> None:
+        """Declare room for so many further shards at once, instead of growing one by one."""
+        self._declare(rows=(self._shard + shards) * self.manifest.shard_rows)
 
     def remark(
         self,
@@ -258,6 +261,16 @@ class CacheWriter:
         while self._free in self._shards:  # from where it was: from 0 each time is quadratic
             self._free += 1
         return self._free
+
+    def _settle_augmentation(self) -> None:
+        """Say in the root how the views are made that are to come."""
+        manifest, augmentation = self._root.manifest, self.manifest.augmentation
+        if augmentation == manifest.augmentation:
+            return
+        versions = {**self.manifest.versions, **manifest.versions}
+        settled = dataclasses.replace(manifest, augmentation=augmentation, versions=versions)
+        self._root = dataclasses.replace(self._root, manifest=settled)
+        write_atomic(self._path / "zarr.json", self._root.document())
 
     def _declare(self, rows: int = 0, shards: int = 0, reserved: Reserved | None = None) -> None:
         """Raise the root's array length or number of shards, on disk; say what is reserved now."""
@@ -363,7 +376,8 @@ def _create(path: Path, manifest: Manifest) -> None:
             shutil.rmtree(staging, ignore_errors=True)
             held.close()
     except OSError as error:
-        if path.exists():  # two writers started at once
+        # two writers started at once, and one may have swept away what the other had begun
+        if path.exists() or isinstance(error, FileNotFoundError):
             raise CacheError(f"{path} was just made by another process; run again") from error
         raise CacheError(
             f"cannot create {path}: {error.strerror}; nothing is left of it"
@@ -430,11 +444,20 @@ def array_document(spec: ArraySpec, manifest: Manifest) -> bytes:
     return node_bytes(json.loads(store._store_dict["zarr.json"].to_bytes()))
 
 
-def in_its_generations(asked: Manifest, found: Manifest) -> Manifest:
-    """What was asked for, with parts that were refreshed under the names they have since."""
+def shard_kind(key: RowKey) -> tuple[str, int]:
+    """Rows of one shard have this in common."""
+    return key.split, key.view
+
+
+def as_found(asked: Manifest, found: Manifest) -> Manifest:
+    """What was asked for, with parts that were refreshed under the names they have since.
+
+    Who asks for no further views leaves those that there are.
+    """
     generations = {tap.name: tap.generation for tap in found.taps}
     return dataclasses.replace(
         asked,
+        augmentation=asked.augmentation or found.augmentation,
         logits_generation=found.logits_generation,
         taps=tuple(
             dataclasses.replace(tap, generation=generations.get(tap.name, 0)) for tap in asked.taps
@@ -470,6 +493,12 @@ def refuse_other(path: Place, found: Manifest, asked: Manifest) -> None:
                     else "write to another place, or use the settings and files the cache was made with"
                 )
             )
+    if found.augmentation and asked.augmentation != found.augmentation:
+        raise FingerprintError(
+            f"{path} has views that were made with "
+            f"{_difference(found.augmentation, asked.augmentation or {})}; make further ones as those "
+            "were made, or write to another place"
+        )
     for field in ("shard_rows", "compression", "size_px", "logits_dtype", "taps"):
         old, new = getattr(found, field), getattr(asked, field)
         if old != new:
@@ -481,3 +510,14 @@ def refuse_other(path: Place, found: Manifest, asked: Manifest) -> None:
         old, new = found.versions[library], asked.versions[library]
         if old != new:
             log.warning("the cache was made with %s %s, this is %s", library, old, new)
+
+
+def _difference(found: Mapping[str, Any], asked: Mapping[str, Any], within: str = "") -> str:
+    """The first setting in which two nested mappings differ, in words."""
+    for name in sorted(found.keys() | asked.keys()):
+        old, new = found.get(name), asked.get(name)
+        if isinstance(old, Mapping) and isinstance(new, Mapping) and old != new:
+            return _difference(old, new, f"{within}{name}.")
+        if old != new:
+            return f"{within}{name} = {old}, now {new} was asked for"
+    raise AssertionError(f"{found} and {asked} are equal")

@@ -51,9 +51,12 @@ def _inputs(
     if logits_only and features_only:
         raise click.UsageError("--logits-only and --features-only leave nothing to store")
     flags = {name: options.pop(name) for name in ExtractConfig.model_fields if name in options}
+    flags["yolo_target_layer"] = flags["yolo_target_layer"] or None
     if logits_only or features_only:
         flags["store"] = "logits" if logits_only else "features"
     settings = load(ExtractConfig, config, assignments, flags)
+    if flags["augment"] and settings.views == 1:
+        raise click.UsageError("--augment is of further views: give --views K, 2 or more")
     from kdcache.precompute import dataset
 
     if coco is not None:
@@ -82,13 +85,14 @@ def demo_command(out: Path, as_json: bool) -> None:
     epilog=example(
         "kdcache extract --images val2017 --coco instances_val2017.json --val-fraction 0.1 \\",
         "    --yolo yolov9_e.onnx --teacher 2020-09-23a.pth --out coco.zarr",
+        "kdcache extract … --views 4 --augment heavy --tap LAYER_34 --tap LAYER_37 --out rich.zarr",
         "kdcache extract … --out s3://bucket/coco.zarr --dask tcp://10.0.0.1:8786",
     )
 )
 @input_options
 @option(
     "--refresh",
-    metavar="teacher|TAP",
+    metavar="teacher|detector|TAP",
     help="Compute one part of the cache anew, with the --teacher or --yolo given.",
 )
 @option("--strict", is_flag=True, help="Stop at the first image that cannot be used.")
@@ -174,7 +178,7 @@ def _refresh(
             f"--refresh {part} takes rows, and how they are stored, from the cache: without "
             f"{', '.join(needless)}"
         )
-    flags = {name: given[name] for name in ExtractConfig.model_fields if name in given}
+    flags = {name: given[name] or None for name in ExtractConfig.model_fields if name in given}
     settings = load(ExtractConfig, config, assignments, flags)
     from kdcache.precompute.refresh import refresh
     from kdcache.report import refresh_text

@@ -27,7 +27,7 @@ from kdcache.errors import ModelError
 from kdcache.imaging import BACKGROUND, IGNORE, PADDING, PERSON, U8
 from kdcache.precompute.sources import Prepared
 from kdcache.precompute.teacher import Teacher
-from kdcache.precompute.yolo import Yolo
+from kdcache.precompute.yolo import Features, Yolo, of_image
 from kdcache.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ class Seen(NamedTuple):
     """A photo and what both models, as they are used, make of it."""
 
     row: Prepared
-    feature: codecs.Array | None  # (C, h, w), where it was computed; None without a detector
+    features: Features | None  # None without a detector
     logits: F32 | None  # (H, W); None without a teacher
 
 
@@ -82,7 +82,7 @@ def look(rows: Iterable[Prepared], yolo: Yolo | None, teacher: Teacher | None) -
     return [
         Seen(
             row,
-            None if yolo is None else yolo.features(row.image[None])[0],
+            None if yolo is None else of_image(yolo.features(row.image[None]), 0),
             None if teacher is None else teacher.logits(row.image[None])[0],
         )
         for row in rows
@@ -236,15 +236,16 @@ def _scored(one: Seen, yolo: Yolo | None, teacher: Teacher | None) -> _Scored:
         agreement[TEACHER_GETS] = _miou(one.logits, mask)
         for name, form in OTHER_TEACHER_INPUTS.items():
             agreement[name] = _miou(teacher.logits_of(image[None], form)[0], mask)
-    if yolo is None:
+    if yolo is None or one.features is None:
         return _Scored(agreement, {}, np.zeros(0))
-    _, height, _ = yolo.feature_shape
+    tap = next(iter(yolo.taps))  # what is wrong with the pixels is wrong for all
+    _, height, _ = yolo.taps[tap].shape
     step = max(1, height // _PROBED_SIDE)
     features: dict[str, F64] = {}
     for form_of_yolo in YOLO_INPUTS:
-        found_CHW: codecs.Array = one.feature
+        found_CHW: codecs.Array = one.features[tap]
         if form_of_yolo != yolo.expects:
-            found_CHW = yolo.features(image[None], form_of_yolo)[0]
+            found_CHW = yolo.features(image[None], form_of_yolo)[tap][0]
         on_host = codecs.on_host(found_CHW)[:, ::step, ::step]
         features[form_of_yolo] = on_host.reshape(len(on_host), -1).T.astype(np.float64)
     people = _share_of_person(_people(one), height)[::step, ::step].ravel()

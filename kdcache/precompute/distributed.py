@@ -24,7 +24,7 @@ from distributed import Client, Future, get_worker, wait
 from kdcache.cache.format import Commit, RowKey
 from kdcache.cache.layout import Manifest
 from kdcache.cache.open_shard import OpenShard
-from kdcache.cache.writer import CacheWriter, may_write
+from kdcache.cache.writer import CacheWriter, may_write, shard_kind
 from kdcache.cluster import (
     answer,
     asked,
@@ -56,7 +56,7 @@ from kdcache.precompute.extract import (
     warm_up,
 )
 from kdcache.precompute.job import DEFAULT_BATCH, Job, Models, bytes_per_row, open_models, survey
-from kdcache.precompute.sources import Tally, prepare
+from kdcache.precompute.sources import Preparation, Tally, prepare
 from kdcache.precompute.stages import WRITE, Stages, StageTimes
 from kdcache.progress import Progress
 from kdcache.stop import StopRequest
@@ -80,6 +80,7 @@ class _Work:
     """What all shards of a run have in common."""
 
     config: ExtractConfig  # with absolute paths
+    how: Preparation  # as the client has read it: of a policy's file too
     sha256: Mapping[str, str]  # of each model file, by its setting
     images: Place
     out: Place
@@ -138,6 +139,7 @@ def extract_on(  # noqa: PLR0913 - those of `extract`, and where
     found = survey(config, dataset, out, split=split, limit=limit, tally=tally)
     work = _Work(
         config=_with_absolute_paths(config),
+        how=found.how,
         sha256={name: model_sha256(path) for name, path in _model_files(config).items()},
         images=absolute(dataset.images),
         out=absolute(out),
@@ -280,9 +282,9 @@ class _Places:
 
 
 def _pieces(todo: Todo, rows: int) -> Iterator[Todo]:
-    """What goes into one shard: up to so many rows, of one split."""
-    for _, of_split in itertools.groupby(todo, key=lambda item: item[0].split):
-        several = list(of_split)
+    """What goes into one shard: up to so many rows, of one split and view."""
+    for _, of_kind in itertools.groupby(todo, key=lambda item: shard_kind(item[0])):
+        several = list(of_kind)
         yield from (several[start : start + rows] for start in range(0, len(several), rows))
 
 
@@ -361,7 +363,7 @@ def _open(work: _Work, sent: Sequence[bytes]) -> _Opened:
             try:
                 use_threads(threads_here())
                 config = _with_files(work, sent)
-                models = open_models(config, present(work.device))
+                models = open_models(config, work.how, present(work.device))
                 warm_up(models, work.batch_size or DEFAULT_BATCH[models.device])
             except KdcacheError as error:
                 raise ClusterError(f"{_here()}: {error}") from error
@@ -394,9 +396,8 @@ def _look(work: _Work, todo: Todo, *sent: bytes) -> _Looked:
     """Open the models and run them on the first photos."""
     opened = _open(work, sent)
     _check_sees(work.images, "the photos in")
-    models, config = opened.models, work.config
-    tally = Tally(work.strict)
-    prepared = prepare(todo, config.size, config.resize, _threads(work), tally)
+    models, tally = opened.models, Tally(work.strict)
+    prepared = prepare(todo, work.how, _threads(work), tally)
     first = list(itertools.islice(prepared, LOOKED_AT))
     found, picture, a_row = None, b"", 0.0
     if first:
@@ -413,13 +414,13 @@ def _write_shard(
 ) -> _Done:
     """Compute and write the files of one shard; the client commits it."""
     opened, wanted = _open(work, sent), still_wanted()
-    models, config = opened.models, work.config
+    models = opened.models
     with opened.places:
         _refuse_other_results(models.manifest, manifest)
         _check_sees(work.images, "the photos in")
         _check_sees(work.out / "zarr.json", "the cache at")
         tally, stages = Tally(work.strict), Stages(_threads(work))
-        rows = prepare(todo, config.size, config.resize, _threads(work), tally, stages)
+        rows = prepare(todo, work.how, _threads(work), tally, stages)
         size = work.batch_size or DEFAULT_BATCH[models.device]
         open_shard, commit = OpenShard(work.out, manifest, shard), None
         try:

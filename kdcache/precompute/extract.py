@@ -57,6 +57,7 @@ from kdcache.precompute.stages import (
     Stages,
     StageTimes,
 )
+from kdcache.precompute.yolo import Features, of_image
 from kdcache.progress import Progress
 from kdcache.stop import StopRequest
 from kdcache.tables import megabytes
@@ -111,7 +112,7 @@ def extract(
     tally = Tally(strict)
     job = open_job(config, dataset, out, split=split, device=device, limit=limit, tally=tally)
     stages = Stages(workers)
-    prepared = prepare(job.todo, config.size, config.resize, workers, tally, stages)
+    prepared = prepare(job.todo, job.how, workers, tally, stages)
     first = list(itertools.islice(prepared, 0 if job.known else LOOKED_AT))
     if not first and not job.known:
         raise nothing_usable(job, tally.skipped)
@@ -157,11 +158,12 @@ def into_cache(
     """Let `fill` write the rows that are to be done, with all that is around that."""
     with StopRequest().listening() as stop, CacheWriter(job.out, job.manifest) as writer:
         _refuse_if_overtaken(job, writer, job.out)
-        committed = [(sample, job.known[key]) for key, sample in job.planned if key in job.known]
+        first_views = [(key, sample) for key, sample in job.planned if not key.view]
+        committed = [(sample, job.known[key]) for key, sample in first_views if key in job.known]
         old = changed(committed, workers, progress, stop)
         models_ready = time.monotonic()
         stages.clear()
-        writer.expect(len(job.todo))
+        writer.expect(job.shards(writer.manifest.shard_rows))
         before = len(writer.committed)
 
         def facts() -> list[str]:
@@ -241,8 +243,9 @@ def known_bytes(out: Place) -> float:
 
 def refuse_if_too_much(a_row: float, job: Job, out: Place) -> None:
     """Raise CacheError where the rows, of so many bytes each, do not fit on the disk."""
-    specs, shard_rows = job.manifest.arrays(), job.manifest.shard_rows
-    Need.of(specs, shard_rows, a_row, len(job.todo)).refuse_if_too_much(
+    shard_rows = job.manifest.shard_rows
+    need = Need.of(job.manifest.arrays(), shard_rows, a_row, len(job.todo), job.shards(shard_rows))
+    need.refuse_if_too_much(
         out,
         ", choose another --out or fewer bits (--precision int5 halves int8; `kdcache plan` shows "
         "each)",
@@ -279,15 +282,13 @@ def run(
                 padding = np.repeat(images[-1:], batch_size - len(batch), axis=0)
                 images = np.concatenate([images, padding])
             with turn, stages.busy(DETECTOR):
-                features = (
-                    [None] * batch_size if models.yolo is None else models.yolo.features(images)
-                )
+                features = None if models.yolo is None else models.yolo.features(images)
             with turn, stages.busy(TEACHER):
-                logits = (
-                    [None] * batch_size if models.teacher is None else models.teacher.logits(images)
-                )
-            for row, feature_CHW, logits_HW in zip(batch, features, logits, strict=False):
-                encoded = encoders.submit(_encode, writer, row, feature_CHW, logits_HW, stages)
+                logits = None if models.teacher is None else models.teacher.logits(images)
+            for n, row in enumerate(batch):
+                its_features = None if features is None else of_image(features, n)
+                its_logits = None if logits is None else logits[n]
+                encoded = encoders.submit(_encode, writer, row, its_features, its_logits, stages)
                 writing.append((row, pool.submit(_write, writer, encoded, stages)))
             with stages.busy(FOR_WRITER):
                 while len(writing) > ahead:
@@ -325,12 +326,12 @@ def warm_up(models: Models, batch_size: int) -> None:
 def _encode(
     writer: CacheWriter | OpenShard,
     row: Prepared,
-    feature_CHW: codecs.Array | None,
+    features: Features | None,
     logits_HW: codecs.F32 | None,
     stages: Stages,
 ) -> EncodedRow:
     with stages.busy(ENCODE), device_memory("encoding a row", "lower --batch-size"):
-        arrays = row_arrays(row, feature_CHW, logits_HW, writer.manifest)
+        arrays = row_arrays(row, features, logits_HW, writer.manifest)
     with stages.busy(COMPRESS):
         return writer.encoded(row.key, arrays)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -17,7 +19,7 @@ from kdcache.cache.layout import IMAGE, MASK, ROWS, Manifest, TapSpec, logits_dt
 from kdcache.cache.lock import refuse_unwritable
 from kdcache.cache.need import stored_bytes
 from kdcache.cache.reader import Cache
-from kdcache.cache.writer import is_foreign
+from kdcache.cache.writer import is_foreign, shard_kind
 from kdcache.config import ExtractConfig
 from kdcache.devices import present
 from kdcache.errors import CacheError, ConfigError, SampleError
@@ -25,10 +27,10 @@ from kdcache.imaging import INTERPOLATION
 from kdcache.onnx_session import Device
 from kdcache.places import Place, size_bytes
 from kdcache.precompute.coco import PERSON_CATEGORY
-from kdcache.precompute.dataset import Dataset, Sample, split_of
-from kdcache.precompute.sources import Digests, Prepared, Tally
+from kdcache.precompute.dataset import Dataset, Digests, Sample, split_of
+from kdcache.precompute.sources import Preparation, Prepared, Tally
 from kdcache.precompute.teacher import Teacher
-from kdcache.precompute.yolo import Yolo
+from kdcache.precompute.yolo import Features, Yolo
 
 # On the CPU one image a call is as fast as many and needs the least memory; a GPU wants a batch.
 DEFAULT_BATCH = {"cpu": 1, "cuda": 8, "tensorrt": 8}
@@ -39,12 +41,18 @@ class Survey:
     """What there is to extract."""
 
     dataset: Dataset
+    how: Preparation
     out: Place
     split: str
     whole: bool  # the dataset was not limited, so rows that it does not have are gone from it
     planned: Sequence[tuple[RowKey, Sample]]
     known: Mapping[RowKey, Digests]  # rows that the cache has
     todo: Sequence[tuple[RowKey, Sample]]
+
+    def shards(self, shard_rows: int) -> int:
+        """How many shards of so many rows at most what is to be done will fill."""
+        kinds = Counter(shard_kind(key) for key, _ in self.todo)
+        return sum(-(-rows // shard_rows) for rows in kinds.values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,13 +83,13 @@ def open_job(
     """Find out what is to be done and load the models; nothing is written."""
     place_on = present(device)
     found = survey(config, dataset, out, split=split, limit=limit, tally=tally)
-    return Job(**vars(found), **vars(open_models(config, place_on)))
+    return Job(**vars(found), **vars(open_models(config, found.how, place_on)))
 
 
-def open_models(config: ExtractConfig, device: str) -> Models:
+def open_models(config: ExtractConfig, how: Preparation, device: str) -> Models:
     """The models that the settings want to be run, on a device that is present."""
     yolo, teacher = _load_models(config, device)
-    manifest = _manifest(config, yolo, teacher, device)
+    manifest = _manifest(config, how, yolo, teacher, device)
     return Models(device=device, yolo=yolo, teacher=teacher, manifest=manifest)
 
 
@@ -95,6 +103,7 @@ def survey(
     tally: Tally,
 ) -> Survey:
     """Find out what is to be done; no model is needed for that."""
+    how = Preparation.of(config)
     for name, reason in dataset.refused.items():
         tally.refuse(name, reason)
     planned = _planned(dataset, config, split, limit)
@@ -104,9 +113,14 @@ def survey(
     known = _known(out)
     tally.pixels |= {key: digests.pixels_sha256 for key, digests in known.items()}
     _refuse_second_split(planned, known, out)
-    todo = [(key, sample) for key, sample in planned if key not in known]
+    todo = [
+        (key, dataclasses.replace(sample, first_made_of=known.get(key._replace(view=0))))
+        for key, sample in planned
+        if key not in known
+    ]
     return Survey(
         dataset=dataset,
+        how=how,
         out=out,
         split=split,
         whole=limit is None,
@@ -128,12 +142,17 @@ def _known(out: Place) -> dict[RowKey, Digests]:
 def _planned(
     dataset: Dataset, config: ExtractConfig, split: str, limit: int | None
 ) -> list[tuple[RowKey, Sample]]:
-    """Keys of the samples, one split after the other (a shard holds one split only)."""
-    planned = [
-        (RowKey(_split(sample, config, split), sample.sample_id, 0), sample)
-        for sample in itertools.islice(dataset.samples, limit)
-    ]
-    return sorted(planned, key=lambda item: item[0].split)
+    """Keys of the samples' views, in the order of the shards, which hold one split and view each.
+
+    View after view: more of them, asked for later, come where they would have been.
+    """
+    planned = []
+    for sample in itertools.islice(dataset.samples, limit):
+        its_split = _split(sample, config, split)
+        # what is validated on is not augmented
+        views = config.views if its_split == "train" else 1
+        planned += [(RowKey(its_split, sample.sample_id, view), sample) for view in range(views)]
+    return sorted(planned, key=lambda item: (item[0].view, item[0].split))
 
 
 def _split(sample: Sample, config: ExtractConfig, split: str) -> str:
@@ -152,7 +171,7 @@ def _refuse_second_split(
     split_of_id = {key.sample_id: key.split for key in known}
     for key, sample in planned:
         split = split_of_id.get(key.sample_id, key.split)
-        if split == key.split or key in known:
+        if split == key.split or key.view or key in known:
             continue
         other = known[key._replace(split=split)]
         try:
@@ -170,9 +189,10 @@ def _refuse_second_split(
 
 def gone(planned: Sequence[tuple[RowKey, Sample]], known: Mapping[RowKey, Digests]) -> list[str]:
     """Ids of rows of the splits that were asked for which the dataset does not have."""
-    here = {key for key, _ in planned}
-    splits = {key.split for key in here}
-    return [key.sample_id for key in known if key.split in splits and key not in here]
+    here = {(key.split, key.sample_id) for key, _ in planned}
+    splits = {split for split, _ in here}
+    elsewhere = {key[:2]: key for key in known if key.split in splits and key[:2] not in here}
+    return [key.sample_id for key in elsewhere.values()]
 
 
 def _load_models(config: ExtractConfig, device: str) -> tuple[Yolo | None, Teacher | None]:
@@ -185,12 +205,12 @@ def _load_models(config: ExtractConfig, device: str) -> tuple[Yolo | None, Teach
     return yolo, teacher
 
 
-def open_yolo(config: ExtractConfig, tap: str, device: str, size_px: int) -> Yolo:
+def open_yolo(config: ExtractConfig, taps: Sequence[str], device: str, size_px: int) -> Yolo:
     """The detector that the settings name; raises ConfigError when they name none."""
     if config.yolo_onnx_path is None:
         raise ConfigError("the detector is needed: --yolo FILE.onnx (or extract --logits-only)")
     return Yolo(
-        config.yolo_onnx_path, tap=tap, expects=config.yolo_input, device=device, size_px=size_px
+        config.yolo_onnx_path, taps=taps, expects=config.yolo_input, device=device, size_px=size_px
     )
 
 
@@ -213,7 +233,11 @@ def provider(device: str) -> str:
 
 
 def _manifest(
-    config: ExtractConfig, yolo: Yolo | None, teacher: Teacher | None, device: str
+    config: ExtractConfig,
+    how: Preparation,
+    yolo: Yolo | None,
+    teacher: Teacher | None,
+    device: str,
 ) -> Manifest:
     fingerprint = {
         "size": str(config.size),
@@ -227,16 +251,14 @@ def _manifest(
     if yolo is not None:
         fingerprint |= {
             "yolo_sha256": yolo.sha256,
-            "yolo_target_layer": config.yolo_target_layer,
+            "yolo_target_layer": ", ".join(config.yolo_target_layer),
             "yolo_input": config.yolo_input,
         }
-        tap = TapSpec(
-            name=config.yolo_target_layer,
-            precision=config.precision,
-            shape=yolo.feature_shape,
-            groups=yolo.groups,
+        taps = tuple(
+            TapSpec(name=name, precision=config.precision, shape=tap.shape, groups=tap.groups)
+            for name, tap in yolo.taps.items()
         )
-        taps = (tap,)
+        _refuse_shared_folder(taps)
     if teacher is not None:
         fingerprint |= {"teacher_sha256": teacher.sha256, "teacher_network": teacher.network}
     if config.category != PERSON_CATEGORY:
@@ -249,13 +271,25 @@ def _manifest(
         logits_dtype=None if teacher is None else logits_dtype(config.precision),
         taps=taps,
         fingerprint=fingerprint,
-        versions={name: version(name) for name in libraries},
+        versions={name: version(name) for name in (*libraries, "torchvision")},
+        augmentation=how.augmentation,
     )
+
+
+def _refuse_shared_folder(taps: Sequence[TapSpec]) -> None:
+    names: dict[str, str] = {}
+    for tap in taps:
+        other = names.setdefault(tap.folder, tap.name)
+        if other != tap.name:
+            raise ConfigError(
+                f"--tap {other} and --tap {tap.name} would be stored in one folder, {tap.folder}: "
+                "rename one of the two in the graph, or extract it into another cache"
+            )
 
 
 def row_arrays(
     row: Prepared,
-    feature_CHW: codecs.Array | None,
+    features: Features | None,
     logits_HW: codecs.F32 | None,
     manifest: Manifest,
 ) -> dict[str, NDArray[np.generic]]:
@@ -267,15 +301,23 @@ def row_arrays(
     }
     if manifest.logits_dtype is not None and logits_HW is not None:
         arrays[manifest.logits_path] = codecs.teacher_logits(logits_HW, manifest.logits_dtype)
-    for tap in manifest.taps if feature_CHW is not None else ():
+    if features is not None:
+        arrays |= feature_arrays(features, manifest.taps)
+    return arrays
+
+
+def feature_arrays(features: Features, taps: Sequence[TapSpec]) -> dict[str, NDArray[np.generic]]:
+    """What the cache holds of a row's features, by array."""
+    arrays: dict[str, NDArray[np.generic]] = {}
+    for tap in taps:
         # on a GPU the features become codes there; the codes come to the host
-        encoded = codecs.encode(feature_CHW, tap)
+        encoded = codecs.encode(features[tap.name], tap)
         arrays |= {f"{tap.folder}/{name}": codecs.on_host(a) for name, a in encoded.items()}
     return arrays
 
 
 def bytes_per_row(
-    rows: Iterable[tuple[Prepared, codecs.Array | None, codecs.F32 | None]],
+    rows: Iterable[tuple[Prepared, Features | None, codecs.F32 | None]],
     manifest: Manifest,
     but: Collection[str] = (),
 ) -> float:

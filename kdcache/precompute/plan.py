@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import NamedTuple, TypeVar, get_args
 
 import numpy as np
 
@@ -29,6 +29,8 @@ from kdcache.precompute.sources import Tally, prepare
 from kdcache.precompute.stages import Stages
 from kdcache.progress import Progress
 from kdcache.stop import StopRequest
+
+T = TypeVar("T")
 
 # Photos that both models run on, spread evenly; and more whose pixels alone are compressed, for
 # those vary most from one to the next and cost no model.
@@ -95,24 +97,29 @@ def plan(
     loading_s = time.monotonic() - started
     size = batch_size or DEFAULT_BATCH[job.device]
     trial = _spread(job.todo, max(_PHOTOS, _BATCHES * size * (job.device != "cpu")))
-    prepared = list(prepare(trial, config.size, config.resize, workers, tally))
+    prepared = list(prepare(trial, job.how, workers, tally))
     if not prepared:
         raise DatasetError(
             "there is nothing to plan: "
             + (f"{out} has all rows" if not job.todo else "none of the photos tried can be used")
         )
     started = time.monotonic()
-    found, seen = first_look(prepared, job.yolo, job.teacher, picture, progress=progress)
+    weighed = _spread(prepared, _PHOTOS)
+    # models are judged by photos as they are
+    photos = [row for row in weighed if not row.key.view] or weighed
+    found, seen = first_look(photos, job.yolo, job.teacher, picture, progress=progress)
     checking_s = time.monotonic() - started
-    seen += look(prepared[len(seen) : _PHOTOS], job.yolo, job.teacher)
+    looked_at = {one.row.key for one in seen}
+    rest = [row for row in weighed if row.key not in looked_at]
+    seen += look(rest, job.yolo, job.teacher)
     with _scratch(
         out, 2 * bytes_per_row(seen, job.manifest) * len(trial) + _WRITTEN_BYTES
     ) as scratch:
         pace = _Pace(
-            image_s=_image_s(job, trial, config, scratch, size, workers, progress),
+            image_s=_image_s(job, trial, scratch, size, workers, progress),
             write_bytes_per_s=_write_speed(out if isinstance(out, Url) else scratch),
         )
-    pixels_bytes = _pixels_bytes(job, config, workers, tally)
+    pixels_bytes = _pixels_bytes(job, workers, tally)
     costs = {
         precision: _cost(job, precision, seen, pixels_bytes, pace)
         for precision in get_args(Precision)
@@ -140,8 +147,8 @@ def plan(
     )
 
 
-def _spread(todo: Sequence[tuple[RowKey, Sample]], count: int) -> list[tuple[RowKey, Sample]]:
-    """So many samples, evenly spread."""
+def _spread(todo: Sequence[T], count: int) -> list[T]:
+    """So many of them, evenly spread."""
     chosen = np.unique(np.linspace(0, len(todo) - 1, min(count, len(todo))).astype(int))
     return [todo[n] for n in chosen]
 
@@ -183,7 +190,6 @@ class _Pace(NamedTuple):
 def _image_s(
     job: Job,
     trial: Sequence[tuple[RowKey, Sample]],
-    config: ExtractConfig,
     folder: Path,
     batch_size: int,
     workers: int,
@@ -193,7 +199,7 @@ def _image_s(
     tally = Tally(strict=False)
     warm_up(job, batch_size)
     started = time.monotonic()
-    rows = prepare(trial, config.size, config.resize, workers, tally)
+    rows = prepare(trial, job.how, workers, tally)
     with (
         StopRequest().listening() as stop,
         CacheWriter(folder / "trial", job.manifest) as writer,
@@ -207,12 +213,12 @@ def _image_s(
     return (time.monotonic() - started) / max(len(tally.pixels), 1)
 
 
-def _pixels_bytes(job: Job, config: ExtractConfig, workers: int, tally: Tally) -> float:
+def _pixels_bytes(job: Job, workers: int, tally: Tally) -> float:
     """Bytes of photo and mask, mean over more photos than the models run on."""
     specs = [spec for spec in job.manifest.arrays() if spec.path in (IMAGE, MASK)]
     more = _spread(job.todo, _PIXELS)
     sizes = []
-    for row in prepare(more, config.size, config.resize, workers, tally):
+    for row in prepare(more, job.how, workers, tally):
         arrays = {IMAGE: row.image, MASK: row.mask}
         sizes.append(stored_bytes(arrays, specs, job.manifest.compression))
     return sum(sizes) / len(sizes)
@@ -227,7 +233,8 @@ def _cost(
     rest_bytes = bytes_per_row(seen, manifest, but=(IMAGE, MASK))
     writing_s = (time.monotonic() - started) / len(seen)
     per_row = pixels_bytes + rest_bytes
-    need = Need.of(manifest.arrays(), manifest.shard_rows, per_row, len(job.todo))
+    shards = job.shards(manifest.shard_rows)
+    need = Need.of(manifest.arrays(), manifest.shard_rows, per_row, len(job.todo), shards)
     slower = max(pace.image_s, writing_s + per_row / pace.write_bytes_per_s)
     return Cost(
         bytes_per_row=per_row,

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from kdcache.cache import codecs
 from kdcache.cache.format import read_root
-from kdcache.cache.layout import LOGITS, TapSpec
+from kdcache.cache.layout import LOGITS
 from kdcache.cache.reader import Cache
 from kdcache.cache.thin import chain
 from kdcache.cache.verify import Agreement, Problem, VerifyReport, verify
@@ -25,7 +25,7 @@ from kdcache.onnx_graph import model_sha256
 from kdcache.onnx_session import Device
 from kdcache.places import Place
 from kdcache.precompute.teacher import Teacher, network_settings
-from kdcache.precompute.yolo import Yolo
+from kdcache.precompute.yolo import Yolo, of_image
 
 log = logging.getLogger(__name__)
 
@@ -102,26 +102,27 @@ def recheck(
     size_px, fingerprint = cache.manifest.size_px, cache.manifest.fingerprint
     _refuse_other_models(fingerprint, {"yolo_sha256": yolo, "teacher_sha256": teacher})
     place_on = present(device)
-    compare: dict[str, Callable[[int], _Difference]] = {}
+    compare: list[Callable[[int], dict[str, _Difference]]] = []
     if yolo is not None:
-        tap = cache.tap(fingerprint["yolo_target_layer"])
         expects = cast(YoloInput, fingerprint["yolo_input"])
-        detector = Yolo(yolo, tap=tap.name, expects=expects, device=place_on, size_px=size_px)
-        compare[tap.folder] = lambda index: _compare_features(cache, detector, tap, index)
+        detector = Yolo(yolo, taps=cache.taps, expects=expects, device=place_on, size_px=size_px)
+        compare.append(lambda index: _compare_features(cache, detector, index))
     if teacher is not None:
         made_as = network_settings(fingerprint["teacher_network"])
         network = Teacher(teacher, **made_as, device=place_on, size_px=size_px)
-        compare[LOGITS] = lambda index: _compare_logits(cache, network, index)
+        compare.append(lambda index: {LOGITS: _compare_logits(cache, network, index)})
     chosen = np.random.default_rng(seed).permutation(len(cache))[:rows].tolist()
-    jobs = [(part, index) for part in compare for index in chosen]
-    found: dict[str, list[_Difference]] = {part: [] for part in compare}
+    jobs = [(of_model, index) for of_model in compare for index in chosen]
+    found: dict[str, list[_Difference]] = {}
     bad = []
-    for part, index in tqdm(jobs, desc="models", unit="row", disable=None if progress else True):
-        difference = compare[part](index)
-        found[part].append(difference)
-        if difference.problem:
-            problem = f"row {index}: {difference.problem}"
-            bad.append(Problem(path=part, problem=problem, rows=[cache.keys[index].sample_id]))
+    for of_model, index in tqdm(
+        jobs, desc="models", unit="row", disable=None if progress else True
+    ):
+        for part, difference in of_model(index).items():
+            found.setdefault(part, []).append(difference)
+            if difference.problem:
+                problem = f"row {index}: {difference.problem}"
+                bad.append(Problem(path=part, problem=problem, rows=[cache.keys[index].sample_id]))
     agreement = {part: _agreement(differences) for part, differences in found.items()}
     return dataclasses.replace(report, ok=not bad, bad=bad, models=agreement)
 
@@ -137,11 +138,16 @@ class _Difference:
     spread: float
 
 
-def _compare_features(cache: Cache, yolo: Yolo, tap: TapSpec, index: int) -> _Difference:
-    stored = cache.read_features(index, tap)
-    now = codecs.on_host(yolo.features(_pixels(cache, index))[0])
+def _compare_features(cache: Cache, yolo: Yolo, index: int) -> dict[str, _Difference]:
+    """By the folder of each tap."""
+    found, now = {}, of_image(yolo.features(_pixels(cache, index)), 0)
     rounded = chain(cache.manifest.fingerprint["precision"])[1:]
-    return _compare(codecs.decode(stored, tap), now, codecs.max_error(stored, tap, rounded))
+    for tap in cache.manifest.taps:
+        stored = cache.read_features(index, tap)
+        bound = codecs.max_error(stored, tap, rounded)
+        decoded = codecs.decode(stored, tap)
+        found[tap.folder] = _compare(decoded, codecs.on_host(now[tap.name]), bound)
+    return found
 
 
 def _compare_logits(cache: Cache, teacher: Teacher, index: int) -> _Difference:

@@ -26,17 +26,18 @@ from kdcache.places import Place, picture_of
 from kdcache.precompute.check import LOOKED_AT, first_look, say
 from kdcache.precompute.job import (
     DEFAULT_BATCH,
+    feature_arrays,
     open_teacher,
     open_yolo,
     provider,
 )
 from kdcache.precompute.sources import Prepared
 from kdcache.precompute.teacher import Teacher
-from kdcache.precompute.yolo import Yolo
+from kdcache.precompute.yolo import Features, Yolo, of_image
 from kdcache.progress import Progress
 from kdcache.stop import StopRequest
 
-TEACHER = "teacher"
+TEACHER, DETECTOR = "teacher", "detector"
 
 _Arrays = Mapping[str, NDArray[np.generic]]
 
@@ -62,7 +63,8 @@ def refresh(
     batch_size: int | None = None,
     progress: bool = False,
 ) -> RefreshReport:
-    """Compute the logits (`part` "teacher") or the features of a tap (its name) of every row anew.
+    """Compute a part of every row anew: the logits ("teacher"), the features of a tap (its name), or
+    those of all taps ("detector").
 
     The model is the one in `config`; pixels, size and precision are the cache's. The cache is the
     old one until all is done, then the new one; stopped in between, the same call goes on. Raises
@@ -136,8 +138,7 @@ def _look(cache: Cache, model: Yolo | Teacher, manifest: Manifest, progress: boo
     specs = [spec for spec in manifest.arrays() if spec.path not in old]
     sizes = []
     for number, one in zip(numbers, seen, strict=False):
-        output = one.logits if one.feature is None else one.feature
-        arrays = _arrays(cache, int(number), output, model, manifest)
+        arrays = _arrays(cache, int(number), one.features, one.logits, manifest)
         sizes.append(stored_bytes(arrays, specs, manifest.compression))
     need = Need.of(specs, manifest.shard_rows, sum(sizes) / len(sizes), len(cache))
     need.refuse_if_too_much(cache.path, " (the old part goes only when the new one is complete)")
@@ -161,11 +162,26 @@ def _target(
             f"--refresh {part}: the cache holds logits only; features cannot be added to it: extract "
             "into another --out"
         )
-    if part not in [tap.name for tap in manifest.taps]:
-        known = nearest(part, [TEACHER, *(tap.name for tap in manifest.taps)])
+    taps = [tap.name for tap in manifest.taps]
+    if part not in (DETECTOR, *taps):
+        known = nearest(part, [TEACHER, DETECTOR, *taps])
         raise ConfigError(f"--refresh {part}: the cache has no such part; nearest: {known}")
-    yolo = open_yolo(config, part, device, manifest.size_px)
-    return _with_tap(manifest, part, yolo), yolo
+    asked = taps if part == DETECTOR else [part]
+    yolo = open_yolo(config, asked, device, manifest.size_px)
+    if len(asked) < len(taps):
+        _refuse_two_detectors(manifest, part, yolo)
+    return _with_taps(manifest, yolo), yolo
+
+
+def _refuse_two_detectors(manifest: Manifest, part: str, yolo: Yolo) -> None:
+    """No row could be added to a cache whose taps are of two detectors."""
+    for field, now in (("yolo_sha256", yolo.sha256), ("yolo_input", yolo.expects)):
+        if manifest.fingerprint[field] != now:
+            raise FingerprintError(
+                f"--refresh {part}: the cache's other taps were made with {field} = "
+                f"{manifest.fingerprint[field]}, this would be with {now}; --refresh {DETECTOR} computes "
+                "all of them anew"
+            )
 
 
 def _with_teacher(manifest: Manifest, teacher: Teacher) -> Manifest:
@@ -181,16 +197,14 @@ def _with_teacher(manifest: Manifest, teacher: Teacher) -> Manifest:
     )
 
 
-def _with_tap(manifest: Manifest, name: str, yolo: Yolo) -> Manifest:
-    """The manifest once a tap's features are those of this detector."""
+def _with_taps(manifest: Manifest, yolo: Yolo) -> Manifest:
+    """The manifest once the features of the detector's taps are those that it gives."""
     made_by = {"yolo_sha256": yolo.sha256, "yolo_input": yolo.expects}
-    if len(manifest.taps) == 1:  # no features are left that a copy may have rounded twice
+    if len(manifest.taps) == len(yolo.taps):  # none are left that a copy may have rounded twice
         made_by["precision"] = manifest.taps[0].precision
     taps = tuple(
-        dataclasses.replace(
-            tap, shape=yolo.feature_shape, groups=yolo.groups, generation=tap.generation + 1
-        )
-        if tap.name == name
+        dataclasses.replace(tap, **yolo.taps[tap.name]._asdict(), generation=tap.generation + 1)
+        if tap.name in yolo.taps
         else tap
         for tap in manifest.taps
     )
@@ -206,22 +220,28 @@ def _rows(
         images = np.stack([cache[number].image.astype(np.uint8, copy=False) for number in numbers])
         padding = np.repeat(images[-1:], batch_size - len(images), axis=0)
         images = np.concatenate([images, padding])
-        outputs = model.features(images) if isinstance(model, Yolo) else model.logits(images)
-        for number, output in zip(numbers, outputs, strict=False):
-            yield _arrays(cache, number, output, model, manifest)
+        features = model.features(images) if isinstance(model, Yolo) else None
+        logits = model.logits(images) if isinstance(model, Teacher) else None
+        for n, number in enumerate(numbers):
+            its_features = None if features is None else of_image(features, n)
+            its_logits = None if logits is None else logits[n]
+            yield _arrays(cache, number, its_features, its_logits, manifest)
 
 
 def _arrays(
-    cache: Cache, number: int, output: codecs.Array, model: Yolo | Teacher, manifest: Manifest
+    cache: Cache,
+    number: int,
+    features: Features | None,
+    logits_HW: codecs.F32 | None,
+    manifest: Manifest,
 ) -> _Arrays:
-    """What the cache stores of a row's output; of a refreshed tap every array is new."""
+    """What the cache stores of a row's outputs; of a refreshed tap every array is new."""
     try:
-        if isinstance(model, Teacher):
+        if logits_HW is not None:
             dtype = manifest.logits_dtype or "float16"
-            return {manifest.logits_path: codecs.teacher_logits(codecs.on_host(output), dtype)}
-        (tap,) = manifest.taps
-        encoded = codecs.encode(output, tap)
-        return {f"{tap.folder}/{name}": codecs.on_host(array) for name, array in encoded.items()}
+            return {manifest.logits_path: codecs.teacher_logits(logits_HW, dtype)}
+        features = features or {}
+        return feature_arrays(features, [tap for tap in manifest.taps if tap.name in features])
     except SampleError as error:
         raise CacheError(
             f"{cache.path}: row {number} ({cache.keys[number].sample_id}) cannot be refreshed: "

@@ -8,15 +8,18 @@ import logging
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from kdcache.cache.format import RowKey
-from kdcache.config import ResizeMode
-from kdcache.errors import CacheError, DatasetError, SampleError
+from kdcache.cache.format import RowKey, augmentation_digest
+from kdcache.config import ExtractConfig, ResizeMode
+from kdcache.errors import DatasetError, SampleError
 from kdcache.imaging import U8, decode_image, exif_orientation, place, resize_image, resize_mask
 from kdcache.places import THREADS_AT_URL, Url
-from kdcache.precompute.dataset import Sample
+from kdcache.precompute.dataset import Digests, Sample
+from kdcache.precompute.policy import Policy, read_policy
 from kdcache.precompute.stages import DECODE, Stages
+from kdcache.precompute.views import apply, draw
 from kdcache.progress import Progress
 from kdcache.stop import StopRequest
 from kdcache.tables import printable
@@ -26,8 +29,31 @@ log = logging.getLogger(__name__)
 _WARNINGS = 20  # of a dirty dataset's thousands; all are in the report and in the cache
 
 
+@dataclass(frozen=True, kw_only=True)
+class Preparation:
+    """How the pixels of a row are made of its sample."""
+
+    size_px: int
+    resize: ResizeMode
+    policy: Policy | None = None  # of the views but the first; None: there are no others
+    seed: int = 0
+
+    @classmethod
+    def of(cls, config: ExtractConfig) -> Preparation:
+        """As the settings have it; raises ConfigError for a policy that cannot be read."""
+        policy = read_policy(config.augment) if config.views > 1 else None
+        return cls(size_px=config.size, resize=config.resize, policy=policy, seed=config.seed)
+
+    @property
+    def augmentation(self) -> dict[str, Any] | None:
+        """What the manifest says of it."""
+        if self.policy is None:
+            return None
+        return {"policy": self.policy.model_dump(mode="json"), "seed": self.seed}
+
+
 class Prepared(NamedTuple):
-    """A decoded sample at the models' input size."""
+    """A decoded view of a sample at the models' input size."""
 
     key: RowKey
     image: U8  # (H, W, 3)
@@ -72,6 +98,8 @@ class Tally:
         """A file that is no sample; raises DatasetError when `strict`."""
         if self._strict:
             raise DatasetError(f"{name}: {reason} (--strict stops here)")
+        if name in self.skipped:  # another view of it
+            return
         self.skipped[name] = reason
         if len(self.skipped) <= _WARNINGS:
             log.warning("skipped %s: %s", printable(name), reason)
@@ -81,13 +109,12 @@ class Tally:
 
 def prepare(
     todo: Sequence[tuple[RowKey, Sample]],
-    size_px: int,
-    resize: ResizeMode,
+    how: Preparation,
     workers: int,
     tally: Tally,
     stages: Stages | None = None,
 ) -> Iterator[Prepared]:
-    """Decoded samples in order, twice as many ahead as threads at most; bad ones go to the tally."""
+    """Decoded views in order, twice as many ahead as threads at most; bad ones go to the tally."""
     waiting: deque[tuple[RowKey, Future[Prepared]]] = deque()
     at_url = bool(todo) and isinstance(todo[0][1].image_path, Url)
     threads = max(workers, THREADS_AT_URL) if at_url else workers
@@ -103,7 +130,7 @@ def prepare(
 
     def decoded(key: RowKey, sample: Sample) -> Prepared:
         with clock.busy(DECODE):
-            return _decoded(key, sample, size_px, resize)
+            return _decoded(key, sample, how)
 
     pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
     try:
@@ -117,46 +144,39 @@ def prepare(
         pool.shutdown(cancel_futures=True)
 
 
-def _decoded(key: RowKey, sample: Sample, size_px: int, resize: ResizeMode) -> Prepared:
+def _decoded(key: RowKey, sample: Sample, how: Preparation) -> Prepared:
     source = sample.read()
     image = decode_image(source.image)
     height, width = image.shape[:2]
     orientation = exif_orientation(source.image)
     mask = sample.mask(source.label, height, width, orientation)
-    where = place(height, width, size_px, resize)
-    details = {
+    digests = {
         "source_bytes": len(source.image),
         "source_sha256": _sha256(source.image),
         "label_sha256": _sha256(source.label),
         "pixels_sha256": _sha256(json.dumps(image.shape).encode(), image.data),
+    }
+    if sample.first_made_of not in (None, Digests.of(digests)):
+        raise SampleError(
+            "its photo or mask is another than its first view was made of, and views are of one photo"
+        )
+    if how.policy is None or not key.view:
+        where = place(height, width, how.size_px, how.resize)
+        made = {"placed_px": [where.top_px, where.left_px, where.height_px, where.width_px]}
+        image, mask = resize_image(image, where), resize_mask(mask, where)
+    else:
+        drawn = draw(how.policy, how.seed, key.sample_id, key.view)
+        image, mask, made = apply(drawn, image, mask, how.size_px, how.resize)
+        made |= {"augmentation": augmentation_digest(how.augmentation or {}), "drawn": drawn}
+    details = {
+        **digests,
         "source_height_px": height,
         "source_width_px": width,
-        "placed_px": [where.top_px, where.left_px, where.height_px, where.width_px],
+        **made,
         "exif_orientation": orientation,
     }
     doubt = sample.may_be_turned(source.label, height, width, orientation)
-    return Prepared(key, resize_image(image, where), resize_mask(mask, where), details, doubt)
-
-
-class Digests(NamedTuple):
-    """What tells a committed row's source files from others."""
-
-    image_bytes: int
-    image_sha256: str
-    label_sha256: str
-    pixels_sha256: str  # of the decoded image, so another encoding of it is the same
-
-    @classmethod
-    def of(cls, details: Mapping[str, Any]) -> Digests:
-        """From the details of a row; raises CacheError where an earlier kdcache kept fewer."""
-        names = ("source_bytes", "source_sha256", "label_sha256", "pixels_sha256")
-        try:
-            return cls(*(details[name] for name in names))
-        except KeyError as error:
-            raise CacheError(
-                f"the rows of this cache have no {error}: an earlier kdcache made it; nothing can "
-                "be appended to it, extract into another --out"
-            ) from error
+    return Prepared(key, image, mask, details, doubt)
 
 
 def changed(
@@ -206,7 +226,8 @@ def twins(rows: Iterable[tuple[RowKey, str]]) -> list[tuple[str, str]]:
     """
     ids_of: dict[str, dict[str, list[str]]] = {}
     for key, digest in rows:
-        ids_of.setdefault(digest, {}).setdefault(key.split, []).append(key.sample_id)
+        if not key.view:
+            ids_of.setdefault(digest, {}).setdefault(key.split, []).append(key.sample_id)
     pairs = []
     for ids in ids_of.values():
         train, val = ids.get("train", []), ids.get("val", [])

@@ -1,14 +1,15 @@
-"""The frozen detector: an ONNX graph cut at the tap, which need not be one of its outputs."""
+"""The frozen detector: an ONNX graph cut at its taps, which need not be among its outputs."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto
-from torch import Tensor
 
 from kdcache.cache import codecs
 from kdcache.cache.layout import Group, TapSpec, whole
@@ -22,48 +23,65 @@ from kdcache.precompute.replication import channel_groups, channel_parts
 
 log = logging.getLogger(__name__)
 F32 = NDArray[np.float32]
+# of one image or a batch, by tap: (C, h, w) or (N, C, h, w) each, where they were computed
+Features = Mapping[str, codecs.Array]
+
+
+def of_image(features: Features, n: int) -> dict[str, codecs.Array]:
+    """The features of one image of a batch."""
+    return {tap: of_batch[n] for tap, of_batch in features.items()}
+
+
+class Tap(NamedTuple):
+    """What the graph says of one tap's feature maps."""
+
+    shape: tuple[int, int, int]  # (C, h, w)
+    groups: tuple[Group, ...]  # which channels repeat each value in blocks
 
 
 class Yolo:
     """The detector on one device. Features are (N, C, h, w) float32 of (N, H, W, 3) uint8 RGB.
 
-    `feature_shape` is (C, h, w); `groups` says which channels repeat each value in blocks. Raises
-    ModelError when there is no such tap (naming the nearest) or it is not a grid that divides
-    the input.
+    `taps` are the tapped tensors, by name. Raises ModelError when there is no such tensor (naming
+    the nearest) or it is not a grid that divides the input.
     """
 
     def __init__(
-        self, path: Path, *, tap: str, expects: YoloInput, device: str, size_px: int
+        self, path: Path, *, taps: Sequence[str], expects: YoloInput, device: str, size_px: int
     ) -> None:
         self.sha256 = model_sha256(path)
         self.expects = expects
+        self._names = taps
         model = read_model(path)
-        cut = pruned(model, [tap], path).SerializeToString()
-        self._network = OnnxNetwork(cut, path, device, size_px)
+        cut = pruned(model, taps, path).SerializeToString()
+        self._network = OnnxNetwork(cut, path, device, size_px, outputs=len(taps))
         # Noise: features of a plain colour would repeat whatever the graph does.
         pixels = np.random.default_rng(0).integers(0, 256, (1, size_px, size_px, 3), np.uint8)
-        features = codecs.on_host(self.features(pixels))
-        self.feature_shape = _checked_shape(features.shape, path, tap, size_px)
-        self.groups = self._groups(model, path, tap, pixels, features[0])
+        self.taps: dict[str, Tap] = {}
+        for name, feature in self.features(pixels).items():
+            feature_NCHW = codecs.on_host(feature)
+            shape = _checked_shape(feature_NCHW.shape, path, name, size_px)
+            groups = self._groups(model, path, name, pixels, feature_NCHW[0])
+            self.taps[name] = Tap(shape, groups)
 
-    def features(self, images_NHWC: U8, given_as: YoloInput | None = None) -> F32 | Tensor:
-        """The tap's feature maps where they were computed: numpy on the CPU, torch on a GPU.
+    def features(self, images_NHWC: U8, given_as: YoloInput | None = None) -> Features:
+        """Each tap's feature maps where they were computed: numpy on the CPU, torch on a GPU.
 
         `given_as` gives the detector another form of the pixels than it expects.
         """
         with device_memory("running the detector", "lower --batch-size or --size"):
             pixels = on_device(images_NHWC, self._network.device)
-            features = self._network(yolo_input(pixels, given_as or self.expects))
-        if features.is_cuda:
-            return features
-        on_host: F32 = features.numpy()
-        return on_host
+            outputs = self._network.outputs(yolo_input(pixels, given_as or self.expects))
+        found: Sequence[codecs.Array] = (
+            outputs if outputs[0].is_cuda else [output.numpy() for output in outputs]
+        )
+        return dict(zip(self._names, found, strict=True))
 
     def _groups(
-        self, model: ModelProto, path: Path, tap: str, pixels: U8, features_CHW: F32
+        self, model: ModelProto, path: Path, tap: str, pixels: U8, feature_CHW: F32
     ) -> tuple[Group, ...]:
         """The channels that the graph says repeat, if the features of the noise agree."""
-        channels = self.feature_shape[0]
+        channels, shape = len(feature_CHW), feature_CHW.shape
         parts = channel_parts(model, tap)
         names = list(dict.fromkeys(part.tensor for part in parts))
         made = {name for node in model.graph.node for name in node.output}
@@ -73,10 +91,10 @@ class Yolo:
         cut = pruned(model, names, path).SerializeToString()
         network = OnnxNetwork(cut, path, "cpu", pixels.shape[1])
         shapes = network.output_shapes(yolo_input(on_device(pixels, "cpu"), self.expects))
-        groups = channel_groups(parts, dict(zip(names, shapes, strict=True)), self.feature_shape)
-        spec = TapSpec(name=tap, precision="float32", shape=self.feature_shape, groups=groups)
+        groups = channel_groups(parts, dict(zip(names, shapes, strict=True)), shape)
+        spec = TapSpec(name=tap, precision="float32", shape=shape, groups=groups)
         try:
-            codecs.encode(features_CHW, spec)
+            codecs.encode(feature_CHW, spec)
         except SampleError as error:
             log.warning("%s: %s; all channels of %s are stored in full", path.name, error, tap)
             return whole(channels)

@@ -13,6 +13,7 @@ import pytest
 from conftest import MANIFEST, make_row
 
 from kdcache.cache.format import Remarks, read_remarks
+from kdcache.cache.lock import FolderLock
 from kdcache.cache.reader import Cache
 from kdcache.cache.verify import verify
 from kdcache.cache.writer import CacheWriter
@@ -147,6 +148,20 @@ def test_second_writer_is_refused(tmp_path):
             CacheWriter(tmp_path / "c", MANIFEST)
     write(tmp_path / "c", range(1, 3))
     assert_holds(tmp_path / "c", range(3))
+
+
+def test_of_two_that_create_a_cache_at_once_one_is_told_of_the_other(tmp_path, monkeypatch):
+    """The other takes what this one has begun for what a killed process left, and removes it."""
+
+    def swept(folder):
+        shutil.rmtree(folder)
+        return FolderLock(folder)
+
+    monkeypatch.setattr("kdcache.cache.writer.FolderLock", swept)
+    with pytest.raises(CacheError, match="was just made by another process; run again"):
+        CacheWriter(tmp_path / "c", MANIFEST)
+    monkeypatch.undo()
+    write(tmp_path / "c", range(2))
 
 
 def test_same_row_twice_is_refused(tmp_path):

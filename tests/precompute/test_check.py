@@ -66,7 +66,7 @@ def rows(standins: Standins, count: int = 6) -> list[Prepared]:
     config = standins.config(val_fraction=0.0)
     job = open_job(config, dataset, standins.folder / "none", split="train", device="cpu",
                    limit=count, tally=Tally(False))  # fmt: skip
-    return list(prepare(job.todo, SIZE, "stretch", 1, Tally(False)))
+    return list(prepare(job.todo, job.how, 1, Tally(False)))
 
 
 def looked(standins: Standins, tmp_path, photos=None, **changes) -> Check:

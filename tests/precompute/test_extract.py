@@ -39,7 +39,7 @@ def test_float32_cache_holds_exactly_what_the_models_give(standins, tmp_path):
     standins.extract(tmp_path / "c", precision="float32", limit=4)
     yolo = Yolo(
         standins.detector,
-        tap=standins.config().yolo_target_layer,
+        taps=standins.config().yolo_target_layer,
         expects="rgb01",
         device="cpu",
         size_px=SIZE,
@@ -50,8 +50,8 @@ def test_float32_cache_holds_exactly_what_the_models_give(standins, tmp_path):
         image = resize_image(image, place(*image.shape[:2], SIZE, "stretch"))
         assert np.array_equal(row.image, image)
         assert np.array_equal(row.teacher_logits, teacher.logits(image[None])[0])
-        (features,) = row.features.values()
-        assert np.array_equal(features, yolo.features(image[None])[0])
+        for tap, feature in yolo.features(image[None]).items():
+            assert np.array_equal(row.features[tap], feature[0])
 
 
 def test_splits_follow_the_hash_and_never_share_a_shard(cache):

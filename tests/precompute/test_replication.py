@@ -120,13 +120,16 @@ def test_concat_along_another_axis_is_no_concat_of_channels():
 
 
 def open_yolo(path, tap=TAP):
-    return Yolo(path, tap=tap, expects="rgb01", device="cpu", size_px=64)
+    return Yolo(path, taps=[tap], expects="rgb01", device="cpu", size_px=64)
 
 
 def test_detector_knows_its_repeated_channels(standins):
     half, all_ = CHANNELS, 2 * CHANNELS
     yolo = open_yolo(standins.detector)
-    assert yolo.groups == (Group(1, ((half, all_),)), Group(2, ((0, half),)))
+    assert next(iter(yolo.taps.values())).groups == (
+        Group(1, ((half, all_),)),
+        Group(2, ((0, half),)),
+    )
 
 
 def test_graph_contradicted_by_its_own_features_is_stored_in_full(standins, monkeypatch, caplog):
@@ -136,7 +139,7 @@ def test_graph_contradicted_by_its_own_features_is_stored_in_full(standins, monk
     )
     with caplog.at_level(logging.WARNING):
         yolo = open_yolo(standins.detector)
-    assert yolo.groups == whole(2 * CHANNELS)
+    assert next(iter(yolo.taps.values())).groups == whole(2 * CHANNELS)
     assert "stored in full" in caplog.text
 
 
@@ -151,6 +154,9 @@ def test_graph_contradicted_by_its_own_features_is_stored_in_full(standins, monk
     ],
 )
 def test_real_graphs_show_their_repeated_channels(realdata, name, tap, stored_once):
-    yolo = Yolo(realdata / name, tap=tap, expects="rgb01", device="cpu", size_px=640)
-    found = {group.factor: sum(b - a for a, b in group.channels) for group in yolo.groups}
+    yolo = Yolo(realdata / name, taps=[tap], expects="rgb01", device="cpu", size_px=640)
+    found = {
+        group.factor: sum(b - a for a, b in group.channels)
+        for group in next(iter(yolo.taps.values())).groups
+    }
     assert found == stored_once

@@ -23,9 +23,15 @@ from kdcache.precompute.yolo import Yolo
 from kdcache.standins import TAP
 
 
-def open_yolo(path, **changes):
-    settings = {"tap": TAP, "expects": "rgb01", "device": "cpu", "size_px": 64}
+def open_yolo(path, tap=TAP, **changes):
+    settings = {"taps": [tap], "expects": "rgb01", "device": "cpu", "size_px": 64}
     return Yolo(path, **(settings | changes))
+
+
+def features_of(yolo, images):
+    """Of a detector with one tap."""
+    (features,) = yolo.features(images).values()
+    return features
 
 
 def save_identity(path, batch="N", dtype=TensorProto.FLOAT, channels=3):
@@ -57,8 +63,8 @@ def test_inner_tap_gives_what_the_whole_graph_computes(standins):
     session = onnxruntime.InferenceSession(model.SerializeToString())
     (reference,) = session.run([TAP], {"images": detector_input(images)})
     yolo = open_yolo(standins.detector)
-    assert yolo.feature_shape == (16, 8, 8)
-    assert np.allclose(yolo.features(images), reference, atol=1e-5)
+    assert yolo.taps[TAP].shape == (16, 8, 8)
+    assert np.allclose(features_of(yolo, images), reference, atol=1e-5)
     # the stand-in is true in structure: the first half repeats each value in 2×2 blocks
     upsampled = reference[:, :8]
     assert np.array_equal(upsampled, upsampled[:, :, ::2, ::2].repeat(2, 2).repeat(2, 3))
@@ -96,7 +102,7 @@ def test_cut_keeps_what_an_if_body_takes_from_outside(tmp_path):
     )
     opset = helper.make_opsetid("", 17)
     onnx.save(helper.make_model(graph, opset_imports=[opset], ir_version=8), tmp_path / "g.onnx")
-    features = open_yolo(tmp_path / "g.onnx", tap="tap").features(random_images(1))
+    features = features_of(open_yolo(tmp_path / "g.onnx", tap="tap"), random_images(1))
     assert np.allclose(features, 2 * detector_input(random_images(1)))
 
 
@@ -105,7 +111,7 @@ def test_cut_keeps_what_an_if_body_takes_from_outside(tmp_path):
 def test_fixed_batch_and_half_inputs_give_the_same_features(tmp_path, batch, dtype):
     save_identity(tmp_path / "m.onnx", batch, dtype)
     images = random_images(5)
-    features = open_yolo(tmp_path / "m.onnx", tap="pooled").features(images)
+    features = features_of(open_yolo(tmp_path / "m.onnx", tap="pooled"), images)
     blocks = images.transpose(0, 3, 1, 2).reshape(5, 3, 8, 8, 8, 8) / 255
     assert features.dtype == np.float32
     assert np.allclose(features, blocks.mean((3, 5)), atol=2e-3)
@@ -117,10 +123,10 @@ def test_what_is_bound_to_torch_tensors_equals_what_goes_through_the_host(tmp_pa
     """The way taken on a GPU, here with the tensors on the CPU."""
     save_identity(tmp_path / "m.onnx", batch, dtype)
     yolo = open_yolo(tmp_path / "m.onnx", tap="pooled")
-    on_host = yolo.features(random_images(5))
+    on_host = features_of(yolo, random_images(5))
     yolo._network._through_host = False
     with mock.patch.object(OnnxNetwork, "_run", side_effect=AssertionError("through the host")):
-        bound = yolo.features(random_images(5))
+        bound = features_of(yolo, random_images(5))
     assert np.array_equal(bound, on_host)
 
 
@@ -198,7 +204,7 @@ def test_a_provider_that_fails_while_it_runs_is_an_error_too(standins, monkeypat
 
     monkeypatch.setattr(yolo._network._session, "_sess", Failing())
     with pytest.raises(ModelError, match="failed to create engine"):
-        yolo.features(random_images(1))
+        features_of(yolo, random_images(1))
 
 
 @pytest.mark.parametrize("device", ["cuda", "tensorrt"])
@@ -236,7 +242,7 @@ def test_memory_that_runs_out_beside_the_models_is_one_clear_error(standins, mon
 
     monkeypatch.setattr("kdcache.precompute.yolo.yolo_input", full)
     with pytest.raises(DeviceMemoryError, match="running the detector.*lower --batch-size"):
-        yolo.features(random_images(1))
+        features_of(yolo, random_images(1))
 
 
 def test_tensorrt_keeps_its_engines_apart_by_graph_gpu_and_version(tmp_path, monkeypatch):
@@ -276,7 +282,7 @@ def test_weights_listed_as_inputs_by_old_exports_are_not_asked_for(standins, tmp
         model.graph.input.append(info)
     onnx.save(model, tmp_path / "old.onnx")
     old, new = open_yolo(tmp_path / "old.onnx"), open_yolo(standins.detector)
-    assert np.array_equal(old.features(random_images(1)), new.features(random_images(1)))
+    assert np.array_equal(features_of(old, random_images(1)), features_of(new, random_images(1)))
 
 
 def test_weights_in_external_files_load_and_belong_to_the_digest(standins, tmp_path):
@@ -285,7 +291,8 @@ def test_weights_in_external_files_load_and_belong_to_the_digest(standins, tmp_p
     onnx.save(model, path, save_as_external_data=True, location="m.data", size_threshold=0)
     first = open_yolo(path)
     assert np.array_equal(
-        first.features(random_images(1)), open_yolo(standins.detector).features(random_images(1))
+        features_of(first, random_images(1)),
+        features_of(open_yolo(standins.detector), random_images(1)),
     )
     data = bytearray((tmp_path / "m.data").read_bytes())
     data[3] ^= 1
