@@ -23,6 +23,7 @@ class Thinning:
     """What of a cache is copied and how it is stored there; by default all of it, as it is."""
 
     split: str | None = None
+    views: int | None = None  # only so many, the first ones
     taps: Sequence[str] = ()  # only these; () is all
     store: Literal["both", "logits", "features"] = "both"
     precision: Precision | None = None  # of the features; None: as it is
@@ -30,10 +31,13 @@ class Thinning:
 
     def commits(self, cache: Cache) -> list[Commit]:
         """The commit records of the shards to be copied; raises CacheError where there are none."""
+        commits = cache.commits
+        if self.views is not None:  # each shard is of one view
+            commits = [c for c in commits if all(key.view < self.views for key in c.keys)]
         if self.split is None:
-            return cache.commits
-        splits = {commit.shard: {key.split for key in commit.keys} for commit in cache.commits}
-        chosen = [commit for commit in cache.commits if self.split in splits[commit.shard]]
+            return commits
+        splits = {commit.shard: {key.split for key in commit.keys} for commit in commits}
+        chosen = [commit for commit in commits if self.split in splits[commit.shard]]
         if mixed := [commit.shard for commit in chosen if len(splits[commit.shard]) > 1]:
             raise CacheError(f"{cache.path}: shards {mixed} hold both splits; copy it whole")
         if not chosen:
@@ -46,6 +50,8 @@ class Thinning:
     def manifest(self, cache: Cache) -> Manifest:
         """The manifest of the copy; raises CacheError or ConfigError where it cannot be had."""
         manifest = _first_generation(self._parts_of(cache))
+        if not any(key.view for commit in self.commits(cache) for key in commit.keys):
+            manifest = dataclasses.replace(manifest, augmentation=None)
         if self.precision is not None:
             _refuse_higher(cache, manifest, self.precision)
             rounded = rounded_to(manifest, self.precision)
@@ -116,6 +122,8 @@ def changes(cache: Cache, thinning: Thinning, after: Manifest) -> list[str]:
     words = []
     if thinning.split is not None:
         words.append(f"rows of split {thinning.split} only")
+    if thinning.views is not None and thinning.views <= max(k.view for k in cache.keys):
+        words.append("the first view only" if thinning.views == 1 else f"{thinning.views} views")
     for tap in before.taps:
         if tap.name not in kept:
             words.append(f"without the features of {tap.name}")

@@ -313,6 +313,7 @@ def verify(
 @click.argument("source", metavar="SRC", type=place)
 @click.argument("destination", metavar="DST", type=place)
 @option("--split", type=click.Choice(["train", "val"]), help="Only the rows of one split.")
+@option("--views", type=click.IntRange(1), metavar="K", help="Only the first K views.")
 @option(
     "--tap", "taps", multiple=True, metavar="NAME", help="Only this tap's features; repeatable."
 )
@@ -327,6 +328,7 @@ def copy(
     source: Any,
     destination: Any,
     split: str | None,
+    views: int | None,
     taps: tuple[str, ...],
     logits_only: bool,
     features_only: bool,
@@ -350,6 +352,7 @@ def copy(
 
     thinning = Thinning(
         split=split,
+        views=views,
         taps=taps,
         store="logits" if logits_only else "features" if features_only else "both",
         precision=precision,

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from conftest import rows_equal
 
+from kdcache.cache.copy import copy_cache
 from kdcache.cache.format import augmentation_digest, read_remarks, read_root
 from kdcache.cache.reader import Cache
+from kdcache.cache.thin import Thinning
 from kdcache.cache.verify import verify
 from kdcache.cache.writer import CacheWriter
 from kdcache.errors import CacheError, FingerprintError
@@ -217,6 +219,21 @@ def test_bytes_and_files_are_as_planned(standins, several, tmp_path):
     assert found.rows == len(several)
     assert abs(found.bytes / shards - 1) < 0.05
     assert found.files - 2 == written
+
+
+@pytest.mark.parametrize("views", [1, 2, 3])
+def test_a_copy_of_the_first_views_is_an_extraction_of_them(standins, several, tmp_path, views):
+    report = copy_cache(several.path, tmp_path / "copy", Thinning(views=views))
+    standins.extract(tmp_path / "c", views=views, augment="heavy")
+    ours, theirs = Cache(tmp_path / "copy"), Cache(tmp_path / "c")
+    assert ours.manifest == theirs.manifest
+    assert [(c.keys, c.objects) for c in ours.commits] == [
+        (c.keys, c.objects) for c in theirs.commits
+    ]
+    assert report.changes == {1: ["the first view only"], 2: ["2 views"], 3: []}[views]
+    copy_cache(several.path, tmp_path / "copy")  # what is missing is added
+    assert rows_equal(Cache(tmp_path / "copy"), several)
+    assert verify(tmp_path / "copy").ok
 
 
 def test_a_view_that_describes_itself_too_long_is_skipped_not_cut(several):
