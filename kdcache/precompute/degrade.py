@@ -9,19 +9,19 @@ whether a multiplication and an addition round once or twice. So here
 - powers, sines and cosines, which it does not, only of multiples of 10^-3, rounded to integers: a test
   tries all, and none lies so near a tie that two libraries could round it differently;
 - OpenCV for what it does in integers: lookup, lines, 8-bit Gaussian blur;
-- of torchvision `jpeg`: libjpeg-turbo's slow integer transform is the same in all its versions.
+- Pillow's JPEG, for the slow integer transform of libjpeg-turbo has the same result in every version.
 """
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable
 
 import cv2
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torchvision.transforms.v2 import functional as F
+from PIL import Image
 
 from kdcache.imaging import U8
 
@@ -76,7 +76,7 @@ def tone_curve(gamma: float) -> NDArray[np.float64]:
 
 
 def shadow(image: U8, darkness: float, edge: float, x: float, y: float, dx: float, dy: float) -> U8:
-    """Darker by `darkness` on the side to which (dx, dy) points from (x, y), with an edge so many sides wide."""
+    """Darker by `darkness` on the side of (x, y) to which (dx, dy) points; `edge` is how soft, in sides."""
     size = len(image)
     norm = math.sqrt(dx * dx + dy * dy) or 1.0
     along = (np.arange(size) + 0.5) / size
@@ -144,7 +144,7 @@ def motion(image: U8, length: float, dx: float, dy: float) -> U8:
     steps = min(max(2, round(length * size / 1000)), 256)  # 256 × 255 fits 16 bits
     longest = max(abs(dx), abs(dy)) or 1.0
     total = np.zeros(image.shape, np.uint16)
-    padded = cv2.copyMakeBorder(image, steps, steps, steps, steps, cv2.BORDER_REFLECT)
+    padded = _u8(cv2.copyMakeBorder(image, steps, steps, steps, steps, cv2.BORDER_REFLECT))
     for step in range(steps):
         away = step - steps // 2
         top, left = steps + round(away * dy / longest), steps + round(away * dx / longest)
@@ -169,18 +169,23 @@ def noise(image: U8, sigma: float, seed: int) -> U8:
 
 
 def compression(image: U8, quality: int) -> U8:
-    """JPEG at this quality, chroma at half resolution."""
-    picture = torch.from_numpy(image).permute(2, 0, 1)
-    return np.ascontiguousarray(F.jpeg(picture, quality).permute(1, 2, 0).numpy())
+    """JPEG at this quality, chroma at half resolution.
+
+    Pillow, as it decodes the photos: torchvision's `jpeg` warns since 0.29 that it will go.
+    """
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "JPEG", quality=quality)
+    with Image.open(file, formats=("JPEG",)) as picture:
+        return np.array(picture, np.uint8)
 
 
 def _raw_bytes(key: int, count: int) -> U8:
-    """Bytes of Philox4x64-10, a published function of its key; NumPy promises raw output to stay (NEP 19)."""
+    """Bytes of Philox4x64-10, a published function of its key, whose raw output NEP 19 promises to stay."""
     words = np.random.Philox(key=key).random_raw(-(-count // 8))
     return words.astype("<u8", copy=False).view(np.uint8)[:count]
 
 
-def _u8(array: U8) -> U8:
+def _u8(array: NDArray[np.generic]) -> U8:
     return array.astype(np.uint8, copy=False)
 
 

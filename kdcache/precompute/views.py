@@ -1,4 +1,4 @@
-"""Augmented views of a sample: drawn from (policy, seed, sample id, view), applied to image and mask together.
+"""Augmented views: drawn from policy, seed, sample id and view, applied to image and mask together.
 
 Geometry is exact: a window of whole source pixels is cut out, mirrored where asked, and resized once, by
 the code that makes view 0. Colours are changed after that, in the image only.
@@ -53,7 +53,7 @@ class Box(NamedTuple):
 def apply(
     parameters: Mapping[str, Any], image: U8, mask: U8, size_px: int, resize: ResizeMode
 ) -> View:
-    """The view with these parameters of `draw` of an (H, W, 3) photo and its (H, W) mask: the same bytes anywhere.
+    """The view of an (H, W, 3) photo and its (H, W) mask that `draw` described: the same bytes anywhere.
 
     Without parameters it is view 0. Where the window reaches beyond the photo, and in a letterbox's
     border, the mask is `PADDING` and the image grey, whatever the weather: as the detector knows it.
@@ -117,10 +117,11 @@ def _cut(image: U8, mask: U8, window: Box, flipped: bool) -> tuple[U8, U8]:
         part = F.crop(tensor, top, left, bottom - top, right - left)
         if any(border):
             part = F.pad(part, border, fill=fill)
-        return F.horizontal_flip(part) if flipped else part
+        mirrored: torch.Tensor = F.horizontal_flip(part) if flipped else part
+        return mirrored
 
-    # Pillow's arrays are read-only, of which torch would warn
-    photo = torch.from_numpy(np.require(image, requirements="W")).permute(2, 0, 1)
-    label = torch.from_numpy(np.require(mask, requirements="W"))
+    # Pillow's arrays are read-only, of which torch would warn; negative strides it refuses
+    photo = torch.from_numpy(np.require(image, requirements=["C", "W"])).permute(2, 0, 1)
+    label = torch.from_numpy(np.require(mask, requirements=["C", "W"]))
     seen = cut(tv_tensors.Image(photo), LETTERBOX_GREY).permute(1, 2, 0)
     return seen.numpy(), cut(tv_tensors.Mask(label), PADDING).numpy()
