@@ -44,8 +44,9 @@ def colour(image: U8, brightness: float, contrast: float, saturation: float, hue
     """
     cosine, sine = hue_turn(hue)
     rows = []
-    total = image.sum(axis=(0, 1), dtype=np.int64).tolist()
-    mean = sum(w * t for w, t in zip(_LUMA, total, strict=True)) / (image.size // 3)
+    # one division of integers: Python's sum of floats rounds otherwise from 3.12 on
+    red, green, blue = image.sum(axis=(0, 1), dtype=np.int64).tolist()
+    mean = (213 * red + 715 * green + 72 * blue) / (1000 * image.size // 3)
     for i in range(3):
         row = []
         for j in range(3):
@@ -157,7 +158,7 @@ def motion(image: U8, length: float, dx: float, dy: float) -> U8:
 def noise(image: U8, sigma: float, seed: int) -> U8:
     """Each value moved by itself, by `sigma` grey levels in the mean square, at most 18."""
     raw = _raw_bytes(seed, _NOISE_BYTES * image.size).reshape(_NOISE_BYTES, *image.shape)
-    moved = raw[0].astype(np.int16)
+    moved: NDArray[np.int16] = raw[0].astype(np.int16)
     for more in raw[1:]:
         moved += more
     moved -= 510
@@ -165,7 +166,7 @@ def noise(image: U8, sigma: float, seed: int) -> U8:
     moved += 256
     moved >>= 9
     moved += image
-    return np.clip(moved, 0, 255).astype(np.uint8)
+    return moved.clip(0, 255).astype(np.uint8)
 
 
 def compression(image: U8, quality: int) -> U8:
@@ -181,7 +182,7 @@ def compression(image: U8, quality: int) -> U8:
 
 def _raw_bytes(key: int, count: int) -> U8:
     """Bytes of Philox4x64-10, a published function of its key, whose raw output NEP 19 promises to stay."""
-    words = np.random.Philox(key=key).random_raw(-(-count // 8))
+    words: NDArray[np.uint64] = np.random.Philox(key=key).random_raw(-(-count // 8))
     return words.astype("<u8", copy=False).view(np.uint8)[:count]
 
 
