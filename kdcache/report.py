@@ -181,8 +181,7 @@ def _counted(counts: Mapping[int, int]) -> str:
 def _augmentation(info: Mapping[str, Any]) -> str:
     """Which transforms made the views but the first."""
     policy, seed = info["augmentation"]["policy"], info["augmentation"]["seed"]
-    used = [name for name, settings in policy.items() if settings.get("probability")]
-    return f"views but 0 were made with seed {seed} by {', '.join(used) or 'nothing'}"
+    return f"views but 0 were made with seed {seed} by {', '.join(policy) or 'nothing'}"
 
 
 def verify_text(report: VerifyReport) -> str:

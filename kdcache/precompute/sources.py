@@ -17,9 +17,9 @@ from kdcache.errors import DatasetError, SampleError
 from kdcache.imaging import U8, decode_image, exif_orientation, place, resize_image, resize_mask
 from kdcache.places import THREADS_AT_URL, Url
 from kdcache.precompute.dataset import Digests, Sample
-from kdcache.precompute.policy import Policy, read_policy
+from kdcache.precompute.policy import Policy, draw, read_policy
 from kdcache.precompute.stages import DECODE, Stages
-from kdcache.precompute.views import apply, draw
+from kdcache.precompute.views import apply
 from kdcache.progress import Progress
 from kdcache.stop import StopRequest
 from kdcache.tables import printable
@@ -46,10 +46,11 @@ class Preparation:
 
     @property
     def augmentation(self) -> dict[str, Any] | None:
-        """What the manifest says of it."""
+        """What the manifest says of it: the transforms that are on, for later ones will be off here."""
         if self.policy is None:
             return None
-        return {"policy": self.policy.model_dump(mode="json"), "seed": self.seed}
+        transforms = self.policy.model_dump(mode="json").items()
+        return {"policy": {n: t for n, t in transforms if t["probability"]}, "seed": self.seed}
 
 
 class Prepared(NamedTuple):
@@ -162,7 +163,7 @@ def _decoded(key: RowKey, sample: Sample, how: Preparation) -> Prepared:
         )
     if how.policy is None or not key.view:
         where = place(height, width, how.size_px, how.resize)
-        made = {"placed_px": [where.top_px, where.left_px, where.height_px, where.width_px]}
+        made: dict[str, Any] = {"placed_px": [where.top_px, where.left_px, where.height_px, where.width_px]}
         image, mask = resize_image(image, where), resize_mask(mask, where)
     else:
         drawn = draw(how.policy, how.seed, key.sample_id, key.view)

@@ -26,9 +26,6 @@ from kdcache.config import ResizeMode
 from kdcache.errors import ConfigError, nearest
 from kdcache.imaging import LETTERBOX_GREY, PADDING, U8, place, resize_image, resize_mask
 from kdcache.precompute.degrade import PHOTOMETRIC
-from kdcache.precompute.policy import Policy, draw, read_policy
-
-__all__ = ["Policy", "View", "apply", "draw", "read_policy"]
 
 _GEOMETRIC = ("flip", "window")
 
