@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from kdcache.standins import TAP
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
@@ -57,6 +60,29 @@ def test_scale_measures_each_number_of_rows(tmp_path):
         assert one["planned"] == one["files"] + one["folders"] + 2
         assert min(one["verify s"], one["known rows s"], one["first batch s, cold"]) > 0
     assert [path.name for path in tmp_path.iterdir()] == ["found.json"]
+
+
+def test_a_basis_of_the_features_is_set_against_their_precisions(standins, tmp_path):
+    names = sorted(path.name for path in standins.images.iterdir())
+    person = {"category_id": 1, "iscrowd": 0, "segmentation": [[10, 10, 60, 10, 60, 60]]}
+    coco = {
+        "images": [
+            {"id": n, "file_name": name, "height": 90, "width": 120} for n, name in enumerate(names)
+        ],
+        "annotations": [person | {"id": n, "image_id": n} for n in range(len(names))],
+        "categories": [{"id": 1, "name": "person"}],
+    }
+    (tmp_path / "coco.json").write_text(json.dumps(coco))
+    data = ["--images", standins.images, "--coco", tmp_path / "coco.json"]
+    data += ["--fit-images", standins.images, "--fit-coco", tmp_path / "coco.json"]
+    detector = ["--yolo", standins.detector, "--tap", TAP, "--size", 64, "--limit", 4]
+    table = run(FOLDER / "feature_basis.py", *detector, *data)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    errors = {row[0]: float(row[2]) for row in rows[-22:]}
+    assert list(errors)[:6] == ["int8", "int6", "int5", "int4", "int3*", "int2*"]
+    int8 = [error for name, error in errors.items() if re.match(r"pca.* int8", name)]
+    assert int8 == sorted(int8, reverse=True)  # of 8, 12, 14 and all 16 components
+    assert int8[-1] < 1e-3
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="throttle.c needs a C compiler")
