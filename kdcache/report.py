@@ -170,7 +170,11 @@ def info_text(info: Mapping[str, Any]) -> str:
         )
     if info["augmentation"]:
         lines += [f"rows by view: {_counted(info['rows_by_view'])}", _augmentation(info)]
-    lines += [f"{field}: {value}" for field, value in info["fingerprint"].items()]
+    # of rows that the other entries do not speak of
+    names = {"views": "view 0"} if info["augmentation"] else {}
+    lines += [
+        f"{names.get(field, field)}: {value}" for field, value in info["fingerprint"].items()
+    ]
     return "\n".join(lines + _remarks(info))
 
 

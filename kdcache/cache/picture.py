@@ -29,8 +29,10 @@ def save_rows(path: Path, cache: Cache, count: int = 6) -> None:
     columns = [_photos(cache, rows), _masks(cache, rows)]
     columns += [_teacher(cache, rows)] if cache.has_logits else []
     columns += [_principal_colours(cache, rows, tap) for tap in cache.manifest.taps]
+    keys = [cache.keys[index] for index in rows]
     captions = [
-        f"row {index}: {cache.keys[index].split} {cache[index].sample_id}" for index in rows
+        f"row {index}: {key.split} {key.sample_id}" + f" view {key.view}" * (key.view > 0)
+        for index, key in zip(rows, keys, strict=True)
     ]
     titles = ["photo", "mask (yellow: not labelled)", *(["teacher"] * cache.has_logits)]
     titles += [f"{tap.name} (PCA)" for tap in cache.manifest.taps]
