@@ -1,4 +1,4 @@
-"""Does the feature loss make a better student? A study on real photos and models, resumable.
+"""Do features, views, taps and attention make a better student? On real photos, resumable.
 
     .venv/bin/python benchmarks/feature_study.py --realdata ../shared/realdata --work DIR
 
@@ -8,6 +8,9 @@ weights; detector features: YOLOv9-N's P3 concat; teacher: ISNet; input 320. The
 else. Their difference is taken on each validation photo (mean over the seeds) and resampled over the
 photos. The last student is scored, not the best on the photos that score it.
 
+As many views as epochs are fresh augmentation in each, as an online trainer makes it: the same pixels
+go through the same models. So `--epochs 24` with the views arms compares a cache with that.
+
 Run again after a stop: finished runs are kept, a started one goes on.
 """
 
@@ -15,7 +18,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,14 +38,17 @@ from kdcache.train.student import Student
 from kdcache.train.weights import read_student
 
 TAP = "/model.14/Concat_output_0"
+TAPS = (TAP, "/model.15/Concat_output_0", "/model.11/Concat_output_0")  # strides 8, 8 and 16
 ENCODER = "tu-tf_efficientnet_lite0"
 SIZE_PX = 320
 LABELLED = 10
+VIEWS = 24
 RESAMPLES = 10_000
 
 FEATURE_WEIGHT = 1.0
 NO_TEACHER = {"kl_weight": 0.0, "mse_weight": 0.0}
 FEW_LABELS = {"student_tap": "decoder", **NO_TEACHER}
+WITH_FEATURES = FEW_LABELS | {"feature_weight": FEATURE_WEIGHT}
 POSITIONS = (SIZE_PX // 8) ** 2  # of the tap's grid
 
 
@@ -64,35 +70,62 @@ ARMS = {
     "decoder tap, encoder frozen": Arm("train", {"student_tap": "decoder"}),
     "encoder tap, encoder trained": Arm("train", {"train_encoder": "all"}),
     "10 labelled + 30 not, no teacher, decoder tap": Arm("few", FEW_LABELS),
-} | {
+}
+ARMS |= {
     f"the same, on {share:.0%} of the positions against all": Arm(
         "few",
-        FEW_LABELS | {"feature_weight": FEATURE_WEIGHT},
+        WITH_FEATURES,
         without={},
         beside={"feature_positions": round(POSITIONS * share)},
     )
     for share in (0.25, 0.05)
 }
+ARMS |= {
+    f"{views} views against 1": Arm(
+        "views", {"feature_weight": 0.0}, without={"views": 1}, beside={"views": views}
+    )
+    for views in (2, 4, VIEWS)
+}
+_ONE_TAP = {"feature_taps": TAPS[:1]}
+ARMS |= {
+    "three taps against one": Arm("few_taps", WITH_FEATURES, without=_ONE_TAP, beside={}),
+    "three taps, learned against fixed weights": Arm(
+        "few_taps", WITH_FEATURES, without={}, beside={"layer_weights": "learned"}
+    ),
+} | {
+    f"attention {kind} against none": Arm(
+        "few_taps", WITH_FEATURES | _ONE_TAP, without={}, beside={"feature_attention": kind}
+    )
+    for kind in ("mask", "teacher_uncertainty", "feature_energy")
+}
 
 
-def make_caches(realdata: Path, work: Path) -> None:
-    """`train` and `val` hold all people photos; in `few` all but the first ten lack their mask."""
-    extraction = ExtractConfig(
+def make_caches(realdata: Path, work: Path, wanted: Collection[str]) -> None:
+    """`train`, `views` and `val` hold all people photos; in `few` and `few_taps` all but the first ten
+    lack their mask."""
+    one_tap = ExtractConfig(
         yolo_onnx_path=realdata / "yolov9n_neck.onnx",
         teacher_checkpoint=realdata / "teacher_isnet.onnx",
-        yolo_target_layer=TAP,
+        yolo_target_layer=(TAP,),
         size=SIZE_PX,
         shard_rows=8,
     )
+    three_taps = one_tap.model_copy(update={"yolo_target_layer": TAPS})
     coco = realdata / "coco_tiny"
 
     def people(split: str) -> Dataset:
         annotations = coco / f"annotations/instances_{split}2017.json"
         return coco_dataset(coco / f"{split}2017", annotations)
 
-    for split in ("train", "val"):
-        cache = work / f"{split}.zarr"
-        extract(extraction, people(split), cache, split=split, device="cpu", progress=True)
+    views = three_taps.model_copy(update={"views": VIEWS, "augment": "heavy"})
+    for name, split, settings in (
+        ("train", "train", one_tap),
+        ("views", "train", views),
+        ("val", "val", one_tap),
+    ):
+        if name in (*wanted, "val"):
+            cache = work / f"{name}.zarr"
+            extract(settings, people(split), cache, split=split, device="cpu", progress=True)
     samples = people("train").samples
     rest = work / "unlabelled"
     rest.mkdir(exist_ok=True)
@@ -100,10 +133,11 @@ def make_caches(realdata: Path, work: Path) -> None:
         link = rest / sample.sample_id
         if not link.exists():
             link.symlink_to(Path(str(sample.image_path)).resolve())
-    few = work / "few.zarr"
     labelled = Dataset(images=people("train").images, samples=samples[:LABELLED])
-    extract(extraction, labelled, few, device="cpu", progress=True)
-    extract(extraction, unlabelled_dataset(rest), few, device="cpu", progress=True)
+    for name, settings in (("few", one_tap), ("few_taps", three_taps)):
+        if name in wanted:
+            for dataset in (labelled, unlabelled_dataset(rest)):
+                extract(settings, dataset, work / f"{name}.zarr", device="cpu", progress=True)
 
 
 def settings(realdata: Path, epochs: int, seed: int, changes: dict[str, Any]) -> TrainConfig:
@@ -120,10 +154,14 @@ def settings(realdata: Path, epochs: int, seed: int, changes: dict[str, Any]) ->
     )
 
 
-def run_name(cache: str, changes: dict[str, Any], seed: int) -> str:
+def run_name(cache: str, changes: dict[str, Any], epochs: int, seed: int) -> str:
     """A folder's name; arms that share a side share its run."""
-    words = "-".join(f"{key}_{value}" for key, value in sorted(changes.items()))
-    return f"{cache}-{words}-seed_{seed}"
+    words = "-".join(f"{key}_{_word(value)}" for key, value in sorted(changes.items()))
+    return f"{cache}-{words}-epochs_{epochs}-seed_{seed}"
+
+
+def _word(value: Any) -> str:
+    return f"{len(value)}" if isinstance(value, tuple) else str(value)
 
 
 @torch.no_grad()
@@ -148,14 +186,14 @@ def interval(differences: np.ndarray) -> tuple[float, float, float]:
     return float(differences.mean()), float(low), float(high)
 
 
-def table(scores: dict[str, list[float]], arms: Sequence[str], seeds: int) -> str:
+def table(scores: dict[str, list[float]], arms: Sequence[str], epochs: int, seeds: int) -> str:
     """Markdown for docs/log.md: percent points of mIoU."""
     lines = ["| arm | without | with | difference | 95 % | by seed |",
              "| --- | ---: | ---: | ---: | ---: | --- |"]  # fmt: skip
     for name in arms:
         arm = ARMS[name]
         pairs = [
-            [np.array(scores[run_name(arm.cache, side, seed)]) for seed in range(seeds)]
+            [np.array(scores[run_name(arm.cache, side, epochs, seed)]) for seed in range(seeds)]
             for side in arm.sides
         ]
         without, with_features = (100 * np.nanmean(pair, axis=0) for pair in pairs)
@@ -179,7 +217,7 @@ def main(realdata: Path, work: Path, epochs: int, seeds: int, arms: tuple[str, .
     """Make the caches, train all pairs, and print the table."""
     arms = arms or tuple(ARMS)
     work.mkdir(parents=True, exist_ok=True)
-    make_caches(realdata, work)
+    make_caches(realdata, work, {ARMS[name].cache for name in arms})
     results = work / "scores.json"
     scores = json.loads(results.read_text()) if results.exists() else {}
     planned = [
@@ -190,7 +228,7 @@ def main(realdata: Path, work: Path, epochs: int, seeds: int, arms: tuple[str, .
     ]
     val = Cache(work / "val.zarr")
     for number, (cache, side, seed) in enumerate(planned, 1):
-        name = run_name(cache, side, seed)
+        name = run_name(cache, side, epochs, seed)
         if name in scores:
             continue
         click.echo(f"{number}/{len(planned)} {name}", err=True)
@@ -199,7 +237,7 @@ def main(realdata: Path, work: Path, epochs: int, seeds: int, arms: tuple[str, .
         train(work / f"{cache}.zarr", out, config, device="cpu", resume=resume, progress=True)
         scores[name] = ious(out / "student_last.safetensors", val)
         results.write_text(json.dumps(scores, indent=1))
-    click.echo(table(scores, arms, seeds))
+    click.echo(table(scores, arms, epochs, seeds))
 
 
 if __name__ == "__main__":

@@ -172,9 +172,7 @@ def info_text(info: Mapping[str, Any]) -> str:
         lines += [f"rows by view: {_counted(info['rows_by_view'])}", _augmentation(info)]
     # of rows that the other entries do not speak of
     names = {"views": "view 0"} if info["augmentation"] else {}
-    lines += [
-        f"{names.get(field, field)}: {value}" for field, value in info["fingerprint"].items()
-    ]
+    lines += [f"{names.get(field, field)}: {value}" for field, value in info["fingerprint"].items()]
     return "\n".join(lines + _remarks(info))
 
 

@@ -163,7 +163,9 @@ def _decoded(key: RowKey, sample: Sample, how: Preparation) -> Prepared:
         )
     if how.policy is None or not key.view:
         where = place(height, width, how.size_px, how.resize)
-        made: dict[str, Any] = {"placed_px": [where.top_px, where.left_px, where.height_px, where.width_px]}
+        made: dict[str, Any] = {
+            "placed_px": [where.top_px, where.left_px, where.height_px, where.width_px]
+        }
         image, mask = resize_image(image, where), resize_mask(mask, where)
     else:
         drawn = draw(how.policy, how.seed, key.sample_id, key.view)
