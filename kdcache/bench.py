@@ -20,13 +20,13 @@ from kdcache.config import TrainConfig
 from kdcache.costs import Cost, costs
 from kdcache.errors import CacheError
 from kdcache.places import THREADS_AT_URL, Place, Url
+from kdcache.train.epoch import epoch_rows, samples_of
 from kdcache.train.loader import (
     Batch,
     Tally,
     chunked,
     read_batches,
     read_stored,
-    shuffled,
     wanted_arrays,
 )
 from kdcache.train.parallel import Processes
@@ -87,10 +87,10 @@ def bench(
     """
     on = resolve_device(device)
     config = _usable(read_config(run) if run is not None and run.is_dir() else TrainConfig(), cache)
-    if not (train_rows := cache.rows_of("train")):
+    if not (samples := samples_of(cache, "train", config.views)):
         raise CacheError(f"{cache.path} has no rows of split 'train' to be timed")
     size = batch_size or config.batch_size
-    rows = list(islice(cycle(shuffled(train_rows, 0, 0)), _ROWS))
+    rows = list(islice(cycle(epoch_rows(cache, samples, 0, 0)), _ROWS))
     taps = cache.taps[:1] if config.feature_weight else []
     logits = bool(config.kl_weight or config.mse_weight)
     arrays = wanted_arrays(cache, taps, logits)
