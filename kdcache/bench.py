@@ -20,6 +20,7 @@ from kdcache.config import TrainConfig
 from kdcache.costs import Cost, costs
 from kdcache.errors import CacheError
 from kdcache.places import THREADS_AT_URL, Place, Url
+from kdcache.train.augment import augmented
 from kdcache.train.epoch import epoch_rows, samples_of
 from kdcache.train.loader import (
     Batch,
@@ -30,6 +31,7 @@ from kdcache.train.loader import (
     wanted_arrays,
 )
 from kdcache.train.parallel import Processes
+from kdcache.train.repeatable import Position
 from kdcache.train.run_folder import State, read_config
 from kdcache.train.step import (
     Taken,
@@ -241,8 +243,12 @@ def _step_pace(
     model = trained_model(state, config, Processes()).train()
     source = read_batches(cache, groups, device, taps, workers, logits=logits)
 
+    start = Position(epoch=0, step=0, rank=0, batch=0)
+
     def step(batch: Batch) -> Taken:
-        return take_step(model, state, [batch], config, config.temperature, Processes())
+        return take_step(
+            model, state, [augmented(batch, config, start)], config, config.temperature, Processes()
+        )
 
     list(read([step(next(source))]))  # reading waits for a GPU to come to it
     waited, images, started = 0.0, 0, time.perf_counter()

@@ -23,13 +23,14 @@ from kdcache.stop import StopRequest
 from kdcache.tables import megabytes
 from kdcache.train import schedule
 from kdcache.train.advice import advice
+from kdcache.train.augment import augmented
 from kdcache.train.curves import Curves
 from kdcache.train.loader import Batch, Tally, chunked, read_batches
 from kdcache.train.members import encoded, leaving, own_batch, taps_of
 from kdcache.train.overlay import overlay, shown_rows
 from kdcache.train.parallel import Processes, joined
 from kdcache.train.prepare import Member, Start, prepared
-from kdcache.train.repeatable import only_deterministic, seed
+from kdcache.train.repeatable import Position, only_deterministic, seed
 from kdcache.train.run_folder import (
     save_epoch,
     save_progress,
@@ -219,6 +220,8 @@ def _train_epoch(
             waited = time.monotonic()
             batches = [next(source) for _ in step]
             waits.append(time.monotonic() - waited)
+            place = epoch, members[0].state.steps, processes.rank
+            batches = [augmented(b, config, Position(*place, n)) for n, b in enumerate(batches)]
             batches = [encoded(members, batch, half=True) for batch in batches]
             for member in list(members):
                 with leaving(members, member, failed):

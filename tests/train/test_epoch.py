@@ -155,7 +155,7 @@ def test_a_run_says_how_many_views_there_are(viewed, tmp_path, caplog):
     assert "has 3 of a train sample at most" in caplog.text
 
 
-@pytest.mark.parametrize("augment", ["none"])
+@pytest.mark.parametrize("augment", ["none", "heavy"])
 def test_resume_in_mid_epoch_goes_on_in_the_same_views(viewed, tmp_path, monkeypatch, augment):
     train(viewed, tmp_path / "whole", student_augment=augment)
     steps = -(-len(samples_of(viewed, "train")) // FAST["batch_size"])
