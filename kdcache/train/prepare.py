@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from kdcache.cache.layout import TapSpec
+from kdcache.cache.layout import LOGITS, TapSpec
 from kdcache.cache.reader import Cache
 from kdcache.config import TrainConfig
 from kdcache.errors import RunError, device_memory
@@ -21,6 +21,7 @@ from kdcache.imaging import BACKGROUND, PERSON
 from kdcache.places import Place
 from kdcache.stop import StopRequest
 from kdcache.train.epoch import epoch_rows, samples_of
+from kdcache.train.flip import check_flip
 from kdcache.train.loader import read_batches
 from kdcache.train.parallel import Processes
 from kdcache.train.reach import find_reach, reach_text, reaches_student
@@ -144,6 +145,10 @@ def prepared(
     )
     check_splits(run)
     say_views(run)
+    if config.flip_targets:
+        figures = check_flip(cache, [*run.taps, *[LOGITS] * run.uses_logits])
+        if processes.leads:
+            log.info("%s", "\n".join(["flip_targets mirrors half of the rows:", *figures]))
     if config.compile:
         check_compiler(device)
     with device_memory("building the student", "lower projection_hidden_dim"):
