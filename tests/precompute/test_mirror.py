@@ -216,3 +216,12 @@ def test_a_cache_of_before_has_no_measurements(cache, tmp_path):
     (tmp_path / "c/skipped/zarr.json").write_bytes(signed_document("kdcache_skipped", record))
     assert read_remarks(tmp_path / "c").mirrored == {}
     assert verify(tmp_path / "c").ok
+
+
+def test_at_a_url_it_is_kept_too(cache, standins, bucket):
+    copy_cache(cache.path, bucket / "c")
+    result = command(bucket / "c", "--flip", "--teacher", standins.teacher, "--rows", 1)
+    assert result.exit_code == 0, result.output
+    assert "the cache keeps these numbers" in result.stdout
+    assert read_remarks(bucket / "c").mirrored[LOGITS].rows == 1
+    assert verify(bucket / "c").ok
