@@ -20,16 +20,18 @@ from kdcache.config import TrainConfig
 from kdcache.costs import Cost, costs
 from kdcache.errors import CacheError
 from kdcache.places import THREADS_AT_URL, Place, Url
+from kdcache.train.augment import augmented
+from kdcache.train.epoch import epoch_rows, samples_of
 from kdcache.train.loader import (
     Batch,
     Tally,
     chunked,
     read_batches,
     read_stored,
-    shuffled,
     wanted_arrays,
 )
 from kdcache.train.parallel import Processes
+from kdcache.train.repeatable import Position
 from kdcache.train.run_folder import State, read_config
 from kdcache.train.step import (
     Taken,
@@ -87,10 +89,10 @@ def bench(
     """
     on = resolve_device(device)
     config = _usable(read_config(run) if run is not None and run.is_dir() else TrainConfig(), cache)
-    if not (train_rows := cache.rows_of("train")):
+    if not (samples := samples_of(cache, "train", config.views)):
         raise CacheError(f"{cache.path} has no rows of split 'train' to be timed")
     size = batch_size or config.batch_size
-    rows = list(islice(cycle(shuffled(train_rows, 0, 0)), _ROWS))
+    rows = list(islice(cycle(epoch_rows(cache, samples, 0, 0)), _ROWS))
     taps = cache.taps[:1] if config.feature_weight else []
     logits = bool(config.kl_weight or config.mse_weight)
     arrays = wanted_arrays(cache, taps, logits)
@@ -241,8 +243,12 @@ def _step_pace(
     model = trained_model(state, config, Processes()).train()
     source = read_batches(cache, groups, device, taps, workers, logits=logits)
 
+    start = Position(epoch=0, step=0, rank=0, batch=0)
+
     def step(batch: Batch) -> Taken:
-        return take_step(model, state, [batch], config, config.temperature, Processes())
+        return take_step(
+            model, state, [augmented(batch, config, start)], config, config.temperature, Processes()
+        )
 
     list(read([step(next(source))]))  # reading waits for a GPU to come to it
     waited, images, started = 0.0, 0, time.perf_counter()

@@ -156,7 +156,9 @@ class TrainConfig(_Settings):
     feature_attention: Attention = Field(
         "none", description="which positions of a feature map count more"
     )
-    views: int = Field(0, ge=0, description="views of a sample that are trained on; 0 = all")
+    views: int = Field(
+        0, ge=0, le=1000, description="views of a sample that are trained on, the first N; 0 = all"
+    )
     student_augment: Literal["none", "light", "heavy"] = Field(
         "none", description="change colours of what the student sees, on the device; targets stay"
     )

@@ -37,20 +37,29 @@ def scaled(images_NHWC: Tensor, over: float = 255) -> Tensor:
 
 def normalised(images_NHWC: Tensor) -> Tensor:
     """uint8 RGB pixels as the ImageNet-normalised (N, 3, H, W) float32 input of the UNets."""
-    mean_C11, std_C11 = (
-        _constant(of_channels, images_NHWC.device) for of_channels in (IMAGENET_MEAN, IMAGENET_STD)
-    )
-    return scaled(images_NHWC).sub_(mean_C11).div_(std_C11)
+    return from_unit_range(scaled(images_NHWC))
+
+
+def from_unit_range(pixels_NCHW: Tensor) -> Tensor:
+    """RGB in [0, 1] with ImageNet's normalisation, in the memory of what is given."""
+    mean_C11, std_C11 = _imagenet(pixels_NCHW.device)
+    return pixels_NCHW.sub_(mean_C11).div_(std_C11)
+
+
+def unit_range(normalised_NCHW: Tensor) -> Tensor:
+    """The RGB in [0, 1] that `normalised` made its float32 of, up to rounding."""
+    mean_C11, std_C11 = _imagenet(normalised_NCHW.device)
+    return normalised_NCHW * std_C11 + mean_C11
 
 
 def restored(normalised_NCHW: Tensor) -> Tensor:
     """The uint8 pixels, (N, H, W, 3), that `normalised` made float32 of: exactly those."""
-    mean_C11, std_C11 = (
-        _constant(of_channels, normalised_NCHW.device)
-        for of_channels in (IMAGENET_MEAN, IMAGENET_STD)
-    )
-    values = (normalised_NCHW * std_C11 + mean_C11) * 255
+    values = unit_range(normalised_NCHW) * 255
     return values.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def _imagenet(device: torch.device) -> tuple[Tensor, Tensor]:
+    return _constant(IMAGENET_MEAN, device), _constant(IMAGENET_STD, device)
 
 
 @cache

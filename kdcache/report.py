@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from kdcache.cache.format import Mirrored
+from kdcache.cache.mirrored import mirrored_words
 from kdcache.deploy.report import scores_text
 from kdcache.tables import duration, megabytes, printable, table
 
@@ -173,6 +175,10 @@ def info_text(info: Mapping[str, Any]) -> str:
     # of rows that the other entries do not speak of
     names = {"views": "view 0"} if info["augmentation"] else {}
     lines += [f"{names.get(field, field)}: {value}" for field, value in info["fingerprint"].items()]
+    for part, one in info["mirrored"].items():
+        measured = Mirrored(**{name: one[name] for name in Mirrored.__dataclass_fields__})
+        stale = "; made by another model since: run `kdcache verify --flip` again"
+        lines.append(mirrored_words(part, measured) + stale * one["of_another_model"])
     return "\n".join(lines + _remarks(info))
 
 
@@ -210,6 +216,14 @@ def verify_text(report: VerifyReport) -> str:
             for name, part in report.models.items()
         ]
         lines += [table(agreement), ""]
+    if report.mirrored:
+        lines += [mirrored_words(part, one) for part, one in report.mirrored.items()]
+        lines.append(
+            f"these numbers are not kept, and training with flip_targets needs them: {report.not_kept}"
+            if report.not_kept
+            else "the cache keeps these numbers for `kdcache train --set flip_targets=true`"
+        )
+        lines.append("")
     for problem in report.bad[:_SKIPPED_SHOWN]:
         rows = ", ".join(problem.rows[:3]) + (" …" if len(problem.rows) > 3 else "")
         lines.append(f"{problem.path}: {problem.problem}" + (f" (rows {rows})" if rows else ""))

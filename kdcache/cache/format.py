@@ -307,16 +307,29 @@ class Remarks:
     gone: Sequence[str] = ()  # ids of rows that the dataset does not have
 
 
+@dataclass(frozen=True, kw_only=True)
+class Mirrored:
+    """How far a mirrored part is from what its model gives on the mirrored photos; padding left out."""
+
+    rows: int  # that it was measured on
+    relative_mse: float | None  # Σ error² / Σ (x − mean)²; None for constant maps
+    cosine: float | None = None  # of features: along the channels, mean over positions
+    equal_pixels: float | None = None  # of logits: share of pixels on the same side of 0
+    made_by: Mapping[str, str]  # what the fingerprint said of the model
+
+
 _LAST = ""  # the key of what an earlier kdcache said of its last dataset, whichever that was
 
 
 @dataclass(frozen=True, kw_only=True)
 class AllRemarks:
-    """The remarks on every dataset that was extracted into a cache, by a key that stands for it."""
+    """The remarks on every dataset that was extracted into a cache, by a key that stands for it; and
+    what was measured of mirroring its rows."""
 
     datasets: Mapping[str, Remarks] = field(default_factory=dict)
     # (train id, val id) of images with the same pixels, over all rows
     in_train_and_val: Sequence[tuple[str, str]] = ()
+    mirrored: Mapping[str, Mirrored] = field(default_factory=dict)  # by tap, or LOGITS
 
     def with_one(self, key: str, remarks: Remarks) -> AllRemarks:
         """The same, but for what was said of that dataset before; doubts are of rows, which stay."""
@@ -359,6 +372,7 @@ def read_remarks(cache: Place) -> AllRemarks:
     return AllRemarks(
         datasets={key: Remarks(**remarks) for key, remarks in datasets.items()},
         in_train_and_val=[(train, val) for train, val in record.get("in_train_and_val", ())],
+        mirrored={part: Mirrored(**one) for part, one in record.get("mirrored", {}).items()},
     )
 
 

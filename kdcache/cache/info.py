@@ -9,6 +9,7 @@ from typing import Any
 
 from kdcache.cache.format import read_remarks
 from kdcache.cache.layout import IMAGE, LOGITS, MASK
+from kdcache.cache.mirrored import of_another_model
 from kdcache.cache.reader import Cache
 
 
@@ -59,6 +60,13 @@ def describe(cache: Cache) -> dict[str, Any]:
         },
         **dataclasses.asdict(remarks.together),
         "in_train_and_val": remarks.in_train_and_val,
+        "mirrored": {
+            part: {
+                **dataclasses.asdict(one),
+                "of_another_model": of_another_model(cache.manifest, part, one),
+            }
+            for part, one in remarks.mirrored.items()
+        },
         "fingerprint": dict(cache.manifest.fingerprint),
         "augmentation": cache.manifest.augmentation,
         "versions": dict(cache.manifest.versions),

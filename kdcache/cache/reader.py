@@ -137,9 +137,13 @@ class Cache:
                 return tap
         raise CacheError(f"{self.path} has no tap {name!r}; it has {nearest(name, self.taps)}")
 
-    def rows_of(self, split: str) -> list[int]:
-        """Row numbers of a split."""
-        return [index for index, key in enumerate(self.keys) if key.split == split]
+    def rows_of(self, split: str, view: int | None = None) -> list[int]:
+        """Row numbers of a split, of all views or of one."""
+        return [
+            index
+            for index, key in enumerate(self.keys)
+            if key.split == split and view in (None, key.view)
+        ]
 
     def read(self, index: int, array: str) -> NDArray[np.generic]:
         """One row of one array, its transform undone (codes stay codes).

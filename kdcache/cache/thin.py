@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from kdcache.cache.format import AllRemarks, Commit
-from kdcache.cache.layout import PRECISIONS, Manifest, stored_as
+from kdcache.cache.layout import LOGITS, PRECISIONS, Manifest, stored_as
 from kdcache.cache.reader import Cache
 from kdcache.errors import CacheError, ConfigError
 
@@ -80,9 +80,13 @@ class Thinning:
         return manifest
 
     def remarks(self, remarks: AllRemarks, cache: Cache) -> AllRemarks:
-        """Those that concern the rows that are copied, or may: of a skipped file no split is known."""
+        """Those that concern what is copied, or may: of a skipped file no split is known."""
+        manifest = self._parts_of(cache)
+        parts = {tap.name for tap in manifest.taps}
+        parts |= set() if manifest.logits_dtype is None else {LOGITS}
+        mirrored = {part: one for part, one in remarks.mirrored.items() if part in parts}
         if self.split is None:
-            return remarks
+            return dataclasses.replace(remarks, mirrored=mirrored)
         here = {key.sample_id for key in cache.keys if key.split == self.split}
         elsewhere = {key.sample_id for key in cache.keys} - here
         datasets = {
@@ -94,7 +98,7 @@ class Thinning:
             )
             for name, said in remarks.datasets.items()
         }
-        return AllRemarks(datasets=datasets)
+        return AllRemarks(datasets=datasets, mirrored=mirrored)
 
 
 def chain(precision: str) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from kdcache.cache.format import (
     Commit,
+    Mirrored,
     Root,
     RowKey,
     Staged,
@@ -93,6 +94,10 @@ class VerifyReport:
     parts: dict[str, Part]
     being_written: bool  # a writer has the cache open: its unfinished files are not problems
     models: dict[str, Agreement] = field(default_factory=dict)  # by part, where models were given
+    mirrored: dict[str, Mirrored] = field(
+        default_factory=dict
+    )  # by tap, or LOGITS, where asked for
+    not_kept: str = ""  # why the cache does not have those now
 
 
 def verify(path: Place, *, workers: int = 2, progress: bool = False) -> VerifyReport:

@@ -236,7 +236,10 @@ class CacheWriter:
         for dataset, said in remarks.datasets.items():
             merged = merged.with_one(dataset, said)
         pairs = dict.fromkeys((*merged.in_train_and_val, *remarks.in_train_and_val))
-        self._write_remarks(dataclasses.replace(merged, in_train_and_val=list(pairs)))
+        mirrored = {**remarks.mirrored, **merged.mirrored}  # the own are of the own models
+        self._write_remarks(
+            dataclasses.replace(merged, in_train_and_val=list(pairs), mirrored=mirrored)
+        )
 
     def _remarks(self) -> AllRemarks:
         try:

@@ -247,6 +247,7 @@ def info(cache: Path, png: Path | None, rows: int, as_json: bool) -> None:
     epilog=example(
         "kdcache verify coco.zarr",
         "kdcache verify coco.zarr --yolo yolov9_e.onnx --teacher 2020-09-23a.pth --rows 32",
+        "kdcache verify coco.zarr --flip --yolo yolov9_e.onnx --teacher 2020-09-23a.pth",
     )
 )
 @cache_argument
@@ -260,6 +261,12 @@ def info(cache: Path, png: Path | None, rows: int, as_json: bool) -> None:
     help="Rows that the models are run on.",
 )
 @option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Which rows.")
+@option(
+    "--flip",
+    is_flag=True,
+    help="Also measure how far mirrored targets are from the models on mirrored photos; kept for "
+    "flip_targets.",
+)
 @frozen_device_option
 @option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Threads.")
 @json_option
@@ -270,6 +277,7 @@ def verify(
     teacher: Path | None,
     rows: int,
     seed: int,
+    flip: bool,
     device: Any,
     workers: int,
     as_json: bool,
@@ -280,6 +288,8 @@ def verify(
     stored must lie within the stated error of its precision, and 1e-3 of a channel's largest
     value for what another device may round. Exit status 1 when anything is not as it was written.
     """
+    if flip and not (yolo or teacher):
+        raise click.UsageError("--flip runs the models: give --yolo FILE, --teacher FILE or both")
     from kdcache.report import verify_text
 
     if yolo or teacher:
@@ -293,6 +303,7 @@ def verify(
             seed=seed,
             device=device,
             workers=workers,
+            flip=flip,
             progress=True,
         )
     else:

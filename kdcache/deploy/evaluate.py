@@ -68,8 +68,9 @@ def evaluate(
 ) -> Evaluation:
     """Score a student on a split: a run's best one, or one in a file of its own.
 
-    The KL loss uses the run's final temperature. Raises KdcacheError when there is no student, when
-    it was made for other pixels than the cache holds, or the cache has no rows of the split.
+    On view 0 of each sample, the photos as they are. The KL loss uses the run's final temperature.
+    Raises KdcacheError when there is no student, when it was made for other pixels than the cache
+    holds, or the cache has no rows of the split.
     """
     one = (
         student
@@ -77,7 +78,7 @@ def evaluate(
         else open_student(student, device, features=True)
     )
     check_cache_of(one, cache)
-    rows = cache.rows_of(split)
+    rows = cache.rows_of(split, view=0)
     if not rows:
         splits = ", ".join(sorted({key.split for key in cache.keys})) or "none"
         raise RunError(f"{cache.path} has no rows of split {split!r}; it has {splits}: use --split")

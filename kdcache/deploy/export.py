@@ -33,7 +33,7 @@ from kdcache.imaging import IMAGENET_MEAN, IMAGENET_STD
 from kdcache.onnx_graph import read_model
 from kdcache.pixels import normalised
 from kdcache.places import Place, place_of
-from kdcache.train.loader import shuffled
+from kdcache.train.epoch import shuffled
 from kdcache.train.metrics import compare, mean
 from kdcache.train.run_folder import check_cache, read_record
 
@@ -229,8 +229,8 @@ def _photos(cache: Cache | None, count: int, size_px: int) -> Tensor:
 def _calibration(
     cache: Cache, count: int, photos: bool, batch: int
 ) -> Iterator[NDArray[np.generic]]:
-    """Inputs of the graph from training rows, drawn with a fixed seed."""
-    rows = shuffled(cache.rows_of("train") or range(len(cache)), 0, 0)[:count]
+    """Inputs of the graph from training rows as photos are, drawn with a fixed seed."""
+    rows = shuffled(cache.rows_of("train", view=0) or range(len(cache)), 0, 0)[:count]
     if not rows:
         raise CacheError(f"{cache.path} has no rows to take the ranges of activations from")
     for row in rows:
@@ -270,7 +270,7 @@ def _scored_rows(cache: Cache | None, count: int) -> Sequence[int]:
     """Val rows, evenly spread; of a cache without, training rows."""
     if cache is None:
         return []
-    rows = cache.rows_of("val") or cache.rows_of("train")
+    rows = cache.rows_of("val", view=0) or cache.rows_of("train", view=0)
     chosen = np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int))
     return [rows[n] for n in chosen]
 

@@ -13,17 +13,19 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from kdcache.cache import codecs
-from kdcache.cache.format import read_root
+from kdcache.cache.format import Mirrored, read_root
 from kdcache.cache.layout import LOGITS
+from kdcache.cache.mirrored import keep
 from kdcache.cache.reader import Cache
 from kdcache.cache.thin import chain
 from kdcache.cache.verify import Agreement, Problem, VerifyReport, verify
 from kdcache.config import YoloInput
 from kdcache.devices import present
-from kdcache.errors import CacheError, FingerprintError
+from kdcache.errors import CacheError, FingerprintError, StorageError
 from kdcache.onnx_graph import model_sha256
 from kdcache.onnx_session import Device
 from kdcache.places import Place
+from kdcache.precompute.mirror import Model, measure_mirrored
 from kdcache.precompute.teacher import Teacher, network_settings
 from kdcache.precompute.yolo import Yolo, of_image
 
@@ -45,6 +47,7 @@ def verify_with_models(
     seed: int = 0,
     device: Device = "auto",
     workers: int = 2,
+    flip: bool = False,
     progress: bool = False,
 ) -> VerifyReport:
     """`cache.verify`, then `recheck` with the given models where the cache is sound and has rows.
@@ -63,7 +66,14 @@ def verify_with_models(
         log.warning("the models were not run: the cache %s", why)
         return report
     return recheck(
-        report, yolo=yolo, teacher=teacher, rows=rows, seed=seed, device=device, progress=progress
+        report,
+        yolo=yolo,
+        teacher=teacher,
+        rows=rows,
+        seed=seed,
+        device=device,
+        flip=flip,
+        progress=progress,
     )
 
 
@@ -90,27 +100,32 @@ def recheck(
     rows: int = 16,
     seed: int = 0,
     device: Device = "auto",
+    flip: bool = False,
     progress: bool = False,
 ) -> VerifyReport:
     """The report on a sound cache, with what the given models say of `rows` rows chosen by `seed`.
 
     A stored value may differ from the model's by the bound of its precision (`codecs.max_error`,
-    `codecs.max_logit_error`) plus PROVIDER_TOLERANCE. Raises ModelError when a model cannot be
-    run, FingerprintError when it is not the one the cache was made with.
+    `codecs.max_logit_error`) plus PROVIDER_TOLERANCE. With `flip`, where all do, the models also run
+    on the mirrored rows, and the cache keeps how far that is from the mirrored stored parts. Raises
+    ModelError when a model cannot be run, FingerprintError when it is not the cache's own.
     """
     cache = Cache(report.path)
     size_px, fingerprint = cache.manifest.size_px, cache.manifest.fingerprint
     _refuse_other_models(fingerprint, {"yolo_sha256": yolo, "teacher_sha256": teacher})
     place_on = present(device)
     compare: list[Callable[[int], dict[str, _Difference]]] = []
+    models: list[Model] = []
     if yolo is not None:
         expects = cast(YoloInput, fingerprint["yolo_input"])
         detector = Yolo(yolo, taps=cache.taps, expects=expects, device=place_on, size_px=size_px)
         compare.append(lambda index: _compare_features(cache, detector, index))
+        models.append(detector.features)
     if teacher is not None:
         made_as = network_settings(fingerprint["teacher_network"])
         network = Teacher(teacher, **made_as, device=place_on, size_px=size_px)
         compare.append(lambda index: {LOGITS: _compare_logits(cache, network, index)})
+        models.append(lambda images: {LOGITS: network.logits(images)[:, None]})
     chosen = np.random.default_rng(seed).permutation(len(cache))[:rows].tolist()
     jobs = [(of_model, index) for of_model in compare for index in chosen]
     found: dict[str, list[_Difference]] = {}
@@ -124,7 +139,23 @@ def recheck(
                 problem = f"row {index}: {difference.problem}"
                 bad.append(Problem(path=part, problem=problem, rows=[cache.keys[index].sample_id]))
     agreement = {part: _agreement(differences) for part, differences in found.items()}
-    return dataclasses.replace(report, ok=not bad, bad=bad, models=agreement)
+    report = dataclasses.replace(report, ok=not bad, bad=bad, models=agreement)
+    if not flip:
+        return report
+    if bad:
+        log.warning("mirrored rows were not looked at: the models do not give what is stored")
+        return report
+    mirrored = measure_mirrored(cache, chosen, models, progress=progress)
+    return dataclasses.replace(report, mirrored=mirrored, not_kept=_kept(cache.path, mirrored))
+
+
+def _kept(path: Place, mirrored: Mapping[str, Mirrored]) -> str:
+    """Store what was measured; returns why the cache does not have it, where it has not."""
+    try:
+        keep(path, mirrored)
+    except (CacheError, StorageError) as error:
+        return str(error)
+    return ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

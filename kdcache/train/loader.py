@@ -22,6 +22,7 @@ from kdcache.cache.reader import Cache, Reading
 from kdcache.errors import CacheError, ConfigError
 from kdcache.pixels import normalised
 from kdcache.places import THREADS_AT_URL, Url
+from kdcache.train.epoch import epoch_rows, samples_of
 
 T = TypeVar("T")
 
@@ -79,31 +80,32 @@ def batches(
     shuffle: bool = True,
     seed: int = 0,
     epoch: int = 0,
+    views: int = 0,
     workers: int = 2,
 ) -> Iterator[Batch]:
-    """One epoch over a split: every row once, in an order that (seed, epoch) decides.
+    """One epoch over a split: every sample once, in an order that (seed, epoch) decides.
 
-    `taps` names the feature maps to read; None is all of them, an empty list reads no feature
-    byte. The last batch may be smaller. Raises CacheError for a split or tap that the cache does not
-    have, ConfigError for a size or number of workers below 1.
+    A train sample of which the cache has several views comes in another one each epoch, also
+    without `shuffle`; `views` takes the first so many of them, 0 all. `taps` names the feature maps
+    to read; None is all of them, an empty list reads no feature byte. The last batch may be smaller.
+    Raises CacheError for a split or tap that the cache does not have, ConfigError for a size or number
+    of workers below 1 or of views below 0.
     """
-    for name, number in (("batch_size", batch_size), ("workers", workers)):
-        if number < 1:
-            raise ConfigError(f"{name} = {number}: expected 1 or more")
-    if not (rows := cache.rows_of(split)):
+    for name, number, least in (
+        ("batch_size", batch_size, 1),
+        ("workers", workers, 1),
+        ("views", views, 0),
+    ):
+        if number < least:
+            raise ConfigError(f"{name} = {number}: expected {least} or more")
+    if not (samples := samples_of(cache, split, views)):
         splits = ", ".join(sorted({key.split for key in cache.keys}))
         raise CacheError(f"{cache.path} has no rows of split {split!r}; it has {splits or 'none'}")
-    if shuffle:
-        rows = shuffled(rows, seed, epoch)
+    rows = epoch_rows(cache, samples, seed, epoch, shuffle=shuffle)
     chosen = cache.taps if taps is None else [taps] if isinstance(taps, str) else taps
     for tap in chosen:
         cache.tap(tap)
     return read_batches(cache, chunked(rows, batch_size), device, chosen, workers)
-
-
-def shuffled(rows: Sequence[int], seed: int, epoch: int) -> list[int]:
-    """The rows in the order of an epoch, which (seed, epoch) decides."""
-    return [rows[i] for i in np.random.default_rng([seed, epoch]).permutation(len(rows))]
 
 
 def chunked(rows: Sequence[T], size: int) -> list[Sequence[T]]:

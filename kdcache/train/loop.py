@@ -23,13 +23,14 @@ from kdcache.stop import StopRequest
 from kdcache.tables import megabytes
 from kdcache.train import schedule
 from kdcache.train.advice import advice
+from kdcache.train.augment import augmented
 from kdcache.train.curves import Curves
-from kdcache.train.loader import Batch, Tally, chunked, read_batches, shuffled
+from kdcache.train.loader import Batch, Tally, chunked, read_batches
 from kdcache.train.members import encoded, leaving, own_batch, taps_of
 from kdcache.train.overlay import overlay, shown_rows
 from kdcache.train.parallel import Processes, joined
 from kdcache.train.prepare import Member, Start, prepared
-from kdcache.train.repeatable import only_deterministic, seed
+from kdcache.train.repeatable import Position, only_deterministic, seed
 from kdcache.train.run_folder import (
     save_epoch,
     save_progress,
@@ -135,7 +136,7 @@ def train_epochs(
     fails is told to `failed` and leaves the list; the last one's error is raised.
     """
     first = members[0]
-    shown = shown_rows(first.run.val_rows or first.run.train_rows)
+    shown = shown_rows(first.run.val_rows or [views[0] for views in first.run.samples])
     with contextlib.ExitStack() as stack:
         curves = {}
         for run, state in ((m.run, m.state) for m in members if m.run.processes.leads):
@@ -190,8 +191,7 @@ def _train_epoch(
     """The rest of an epoch, from the step that the members are at; returns this process's pace."""
     run, state = members[0].run, members[0].state
     config, processes = run.config, run.processes
-    order = shuffled(run.train_rows, config.seed, epoch)
-    plan = _steps(order, config, processes)
+    plan = _steps(run.epoch(epoch), config, processes)
     todo = plan[state.steps :]
     tally, groups = Tally(), [rows for step in todo for rows in step]
     source = read_batches(
@@ -205,7 +205,7 @@ def _train_epoch(
     title = f"epoch {epoch + 1}/{config.epochs}"
     bar = tqdm(
         desc=title,
-        total=len(order),
+        total=len(run.samples),
         initial=round(state.sums.get("images", 0)),
         unit="image",
         disable=None if run.progress else True,
@@ -220,6 +220,8 @@ def _train_epoch(
             waited = time.monotonic()
             batches = [next(source) for _ in step]
             waits.append(time.monotonic() - waited)
+            place = epoch, members[0].state.steps, processes.rank
+            batches = [augmented(b, config, Position(*place, n)) for n, b in enumerate(batches)]
             batches = [encoded(members, batch, half=True) for batch in batches]
             for member in list(members):
                 with leaving(members, member, failed):

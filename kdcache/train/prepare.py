@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,14 +13,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from kdcache.cache.layout import TapSpec
+from kdcache.cache.layout import LOGITS, TapSpec
 from kdcache.cache.reader import Cache
 from kdcache.config import TrainConfig
 from kdcache.errors import RunError, device_memory
 from kdcache.imaging import BACKGROUND, PERSON
 from kdcache.places import Place
 from kdcache.stop import StopRequest
-from kdcache.train.loader import read_batches, shuffled
+from kdcache.train.epoch import epoch_rows, samples_of
+from kdcache.train.flip import check_flip
+from kdcache.train.loader import read_batches
 from kdcache.train.parallel import Processes
 from kdcache.train.reach import find_reach, reach_text, reaches_student
 from kdcache.train.run_folder import (
@@ -56,7 +59,7 @@ class Run:
     device: str
     processes: Processes
     stop: StopRequest
-    train_rows: Sequence[int]
+    samples: Sequence[Sequence[int]]  # rows of each train sample, by view
     val_rows: Sequence[int]
     progress: bool
     said: set[str] = field(default_factory=set)  # what need not be said again in each epoch
@@ -70,6 +73,10 @@ class Run:
     def uses_logits(self) -> bool:
         """Nothing is read that no loss is of."""
         return bool(self.config.kl_weight or self.config.mse_weight)
+
+    def epoch(self, number: int) -> list[int]:
+        """The rows of an epoch in their order: of each sample one."""
+        return epoch_rows(self.cache, self.samples, self.config.seed, number)
 
     def picture(self, epoch: int) -> Path:
         """Where an epoch's overlays go."""
@@ -132,11 +139,16 @@ def prepared(
         device=device,
         processes=processes,
         stop=stop,
-        train_rows=cache.rows_of("train"),
-        val_rows=cache.rows_of("val"),
+        samples=samples_of(cache, "train", config.views),
+        val_rows=cache.rows_of("val", view=0),
         progress=progress and processes.leads,
     )
     check_splits(run)
+    say_views(run)
+    if config.flip_targets:
+        figures = check_flip(cache, [*run.taps, *[LOGITS] * run.uses_logits])
+        if processes.leads:
+            log.info("%s", "\n".join(["flip_targets mirrors half of the rows:", *figures]))
     if config.compile:
         check_compiler(device)
     with device_memory("building the student", "lower projection_hidden_dim"):
@@ -160,11 +172,11 @@ def prepared(
 
 
 def check_splits(run: Run) -> None:
-    """Raise RunError without a training row for each process; say what a cache without val rows means."""
+    """Raise RunError without a sample for each process; say what a cache without val rows means."""
     path, processes = run.cache.path, run.processes.count
-    if len(run.train_rows) < processes:
+    if len(run.samples) < processes:
         raise RunError(
-            f"{path} has {len(run.train_rows)} rows of split 'train' for {processes} processes; "
+            f"{path} has {len(run.samples)} samples of split 'train' for {processes} processes; "
             "extract some (--split train is the default)"
         )
     if not run.val_rows:
@@ -172,6 +184,32 @@ def check_splits(run: Run) -> None:
             "%s has no rows of split 'val': nothing is validated and the last epoch counts as the "
             "best; extract with --val-fraction, or a second folder with --split val",
             path,
+        )
+
+
+def say_views(run: Run) -> None:
+    """Say how many views there are of the samples, where it is not one of each, or not those asked for."""
+    if not run.processes.leads:
+        return
+    counts, asked = Counter(len(views) for views in run.samples), run.config.views
+    most = max(counts)
+    if asked > most:
+        log.warning(
+            "views = %d: %s has %d of a train sample at most, which are used; `kdcache extract --views` "
+            "makes more",
+            asked,
+            run.cache.path,
+            most,
+        )
+    if most > 1:
+        fewer = len(run.samples) - counts[most]
+        log.info(
+            "%d train samples in %d views%s: an epoch holds each sample once, in %d epochs in each "
+            "of its views",
+            len(run.samples),
+            most,
+            f" ({fewer} of them in fewer)" * bool(fewer),
+            most,
         )
 
 
@@ -241,7 +279,7 @@ def _build_projection(run: Run, student: Student, tap: TapSpec) -> Projection:
         )
     projection = Projection(student.tap_channels, run.config.projection_hidden_dim, channels)
     if run.config.standardise_features:
-        rows = shuffled(run.train_rows, run.config.seed, 0)[:_STANDARDISE_ROWS]
+        rows = run.epoch(0)[:_STANDARDISE_ROWS]
         projection.standardise(run.cache.decode_features(row, tap) for row in rows)
     return projection
 
@@ -269,7 +307,7 @@ def _probe_rows(run: Run) -> list[int]:
 
     Without a label BCE and Dice would seem to reach nothing.
     """
-    order = shuffled(run.train_rows, run.config.seed, 0)
+    order = run.epoch(0)
     size = run.config.batch_size
     for number, row in enumerate(order[:_PROBED_ROWS]):
         if np.isin(run.cache[row].mask, (BACKGROUND, PERSON)).any():

@@ -30,6 +30,9 @@ SHARED = (
     "half_precision",
     "compile",
     "deterministic",
+    "views",
+    "student_augment",
+    "flip_targets",
     "seed",
 )
 

@@ -5,6 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 
+import numpy as np
+
+from kdcache.cache.format import RowKey, describe_row
+from kdcache.cache.layout import IMAGE, ROWS
+from kdcache.cache.reader import Cache
+from kdcache.cache.writer import CacheWriter
 from kdcache.config import TrainConfig
 from kdcache.train import loop
 from kdcache.train.run_folder import read_checkpoint
@@ -38,3 +44,17 @@ def state_digest(run):
         for value in moments.values():
             digest.update(value.numpy().tobytes())
     return digest.hexdigest()
+
+
+def with_views(cache, path, views):
+    """A cache of the same rows, and of the row with key k `views(k)` views, of other pixels each."""
+    with CacheWriter(path, cache.manifest) as writer:
+        for index, row in enumerate(cache):
+            arrays = {name: cache.read(index, name) for name in cache.specs}
+            details = {k: v for k, v in row.details.items() if k not in RowKey._fields}
+            for view in range(views(row.key)):
+                key = row.key._replace(view=view)
+                image = np.roll(arrays[IMAGE], 3 * view, axis=(0, 1))
+                new = {IMAGE: image, ROWS: describe_row(key, details)}
+                writer.append(writer.encoded(key, arrays | new))
+    return Cache(path)
