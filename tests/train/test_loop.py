@@ -235,7 +235,7 @@ def test_torchrun_trains_as_one_process_that_accumulates(cache, tmp_path, free_p
     train(cache, tmp_path / "one", epochs=2, batch_size=2, gradient_accumulation=2)
     torch.set_num_threads(threads)
     two, one = (read_checkpoint(tmp_path / name / "checkpoints/last.pt") for name in ("two", "one"))
-    for network in ("student", "projection"):
+    for network in ("student", "projections"):
         trained = [k for k in one[network] if "running_" not in k and "num_batches" not in k]
         assert all(torch.equal(one[network][key], two[network][key]) for key in trained)
     for ours, theirs in zip(one["history"], two["history"], strict=True):

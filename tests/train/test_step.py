@@ -17,10 +17,12 @@ from kdcache.cache.reader import Cache
 from kdcache.config import TrainConfig
 from kdcache.errors import RunError
 from kdcache.imaging import IGNORE, PADDING
+from kdcache.standins import TAP
 from kdcache.train import loop, losses, step
 from kdcache.train.loader import Batch, read_batches
 from kdcache.train.loop import _steps
 from kdcache.train.parallel import Processes, joined
+from kdcache.train.projection import Projection, Projections
 from kdcache.train.run_folder import State
 from kdcache.train.step import (
     Trainee,
@@ -32,21 +34,25 @@ from kdcache.train.step import (
     trained_model,
     weighted,
 )
-from kdcache.train.student import Projection, Student, build_student
+from kdcache.train.student import Student, StudentOutput, TapPoint, build_student
 
 CONFIG = TrainConfig(encoder_weights="random", projection_hidden_dim=16, learning_rate=3e-3)
 
 
+def one_projection(student: Student, hidden: int, channels: int, tap: str = TAP) -> Projections:
+    (own,) = student.tap_channels
+    return Projections({tap: Projection(own, hidden, channels)}, [1.0])
+
+
 def new_state(channels: int, config: TrainConfig = CONFIG, scale: float = 0.0) -> State:
     torch.manual_seed(0)
-    student = build_student(
-        config.student_encoder, "random", config.student_tap, config.trained_levels
-    )
-    projection = Projection(student.tap_channels, config.projection_hidden_dim, channels)
+    points = [TapPoint(config.student_tap, 8)]
+    student = build_student(config.student_encoder, "random", points, config.trained_levels)
+    projections = one_projection(student, config.projection_hidden_dim, channels)
     return State(
         student=student,
-        projection=projection,
-        optimizer=build_optimizer(student, projection, config),
+        projections=projections,
+        optimizer=build_optimizer(student, projections, config),
         scaler=torch.amp.GradScaler("cpu", enabled=scale > 0, init_scale=scale or 1.0),
     )
 
@@ -64,14 +70,14 @@ def some_batches(path: Path) -> list[Batch]:
 def gradients(state: State) -> dict[str, torch.Tensor]:
     return {
         f"{name}.{key}": p.grad.clone()
-        for name, module in (("student", state.student), ("projection", state.projection))
+        for name, module in (("student", state.student), ("projections", state.projections))
         for key, p in module.named_parameters()
         if p.grad is not None
     }
 
 
 def trained(state: State, batches: list[Batch], config: TrainConfig = CONFIG):
-    trainee = Trainee(state.student, state.projection).train()
+    trainee = Trainee(state.student, state.projections).train()
     (values,) = read([take_step(trainee, state, batches, config, 3.0, Processes())])
     return values
 
@@ -84,7 +90,7 @@ def test_two_batches_in_one_step_divide_by_what_both_hold(cache):
     ours, reference = new_state(channels), new_state(channels)
     values = trained(ours, batches, config)
     reference.student.train()
-    outputs = [Trainee(reference.student, reference.projection)(b.image) for b in batches]
+    outputs = [Trainee(reference.student, reference.projections)(b.image) for b in batches]
     joint = Batch(
         image=torch.cat([b.image for b in batches]),
         mask=torch.cat([b.mask for b in batches]),
@@ -92,8 +98,9 @@ def test_two_batches_in_one_step_divide_by_what_both_hold(cache):
         features={t: torch.cat([b.features[t] for b in batches]) for t in cache.taps},
         keys=[key for b in batches for key in b.keys],
     )
-    output = type(outputs[0])(*(torch.cat(parts) for parts in zip(*outputs, strict=True)))
-    expected = all_losses(output, reference.projection, joint, config, 3.0)
+    features = zip(*(output.features for output in outputs), strict=True)
+    output = StudentOutput(torch.cat([o.logits for o in outputs]), tuple(map(torch.cat, features)))
+    expected = all_losses(output, reference.projections, joint, config, 3.0)
     for name, loss in expected.items():
         assert values[name] == pytest.approx(loss.item(), rel=1e-5)
     assert (values["images"], values["labelled_images"]) == (4, 3)
@@ -111,7 +118,7 @@ def _one_of_two(rank: int, port: int, path: Path, out: Path) -> None:
     with joined("cpu") as (processes, device):
         assert (processes.count, processes.rank, device) == (2, rank, "cpu")
         state = new_state(Cache(path).manifest.taps[0].shape[0])
-        model = processes.wrap(Trainee(state.student, state.projection)).train()
+        model = processes.wrap(Trainee(state.student, state.projections)).train()
         for _ in range(3):
             taken = take_step(model, state, [batches[rank]], CONFIG, 3.0, processes)
             (values,) = read([taken])
@@ -195,13 +202,13 @@ def test_a_step_waits_for_no_number_of_its_own(monkeypatch):
     """Tensors without data, as a GPU that has not come to it yet: whoever looks at one fails."""
     monkeypatch.setattr(step, "read", lambda steps: iter([{}]))
     with FakeTensorMode():
-        student = Student("timm-efficientnet-b0")
-        projection = Projection(student.tap_channels, 8, 16)
-        modules = nn.ModuleList([student, projection])
+        student = Student("timm-efficientnet-b0", [TapPoint("encoder", 8)])
+        projections = one_projection(student, 8, 16, "tap")
+        modules = nn.ModuleList([student, projections])
         trained = [p for p in modules.parameters() if p.requires_grad]
         state = State(
             student=student,
-            projection=projection,
+            projections=projections,
             # AdamW counts its steps on the host, which these tensors cannot tell from a device
             optimizer=torch.optim.SGD(trained, lr=0.1),
             scaler=torch.amp.GradScaler("cpu", enabled=False),
@@ -214,7 +221,7 @@ def test_a_step_waits_for_no_number_of_its_own(monkeypatch):
             features={"tap": torch.empty(2, 16, 8, 8)},
             keys=[RowKey("train", "a", 0)] * 2,
         )
-        trainee = Trainee(student, projection).train()
+        trainee = Trainee(student, projections).train()
         for _ in range(2):
             taken = take_step(trainee, state, [batch, batch], CONFIG, 3.0, Processes())
         with pytest.raises(DataDependentOutputException):
@@ -228,15 +235,15 @@ def test_feature_loss_at_some_positions_is_that_of_all_in_the_mean(cache):
     everywhere = target[0, 0].numel()
     batch.mask[:, :, :16] = PADDING
     state = new_state(target.shape[1])
-    projection = state.projection.eval()  # statistics of a batch would depend on its positions
-    _, feature = state.student(batch.image)
+    (projection,) = state.projections.eval().each  # a batch's statistics depend on its positions
+    _, (feature,) = state.student(batch.image)
     for loss in losses.FEATURE_LOSSES.values():
         whole = loss(projection(feature), target, batch.mask)
         parts = torch.randperm(everywhere).split(everywhere // 4)
         some = [loss(projection(losses.at(feature, p)), target, batch.mask, None, p) for p in parts]
         assert torch.stack(some).mean().item() == pytest.approx(whole.item(), rel=1e-5)
     shapes = []
-    state.projection.register_forward_hook(lambda module, given, made: shapes.append(made.shape))
+    projection.register_forward_hook(lambda module, given, made: shapes.append(made.shape))
     for number in (10, everywhere, 10**6):
         trained(state, [batch], CONFIG.model_copy(update={"feature_positions": number}))
     assert [shape[2] * shape[3] for shape in shapes] == [10, everywhere, everywhere]
@@ -249,7 +256,7 @@ def test_student_and_projection_are_clipped_apart(cache):
         state = new_state(channels)
         trained(state, batches, CONFIG.model_copy(update={"feature_weight": weight}))
         parts = [[p.grad for p in m.parameters() if p.grad is not None]
-                 for m in (state.student, state.projection)]  # fmt: skip
+                 for m in (state.student, state.projections)]  # fmt: skip
         norms.append([float(torch.nn.utils.get_total_norm(part)) for part in parts])
     assert norms[0][0] == norms[1][0]
     assert max(norms[1]) <= 0.5 * 1.001

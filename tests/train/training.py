@@ -31,7 +31,7 @@ def state_digest(run):
     """Weights, optimiser and random state of the last checkpoint."""
     state = read_checkpoint(run / "checkpoints/last.pt")
     digest = hashlib.sha256()
-    for name in ("student", "projection"):
+    for name in ("student", "projections"):
         for tensor in (state[name] or {}).values():
             digest.update(tensor.numpy().tobytes())
     for moments in state["optimizer"]["state"].values():
