@@ -92,7 +92,7 @@ def bench(
         raise CacheError(f"{cache.path} has no rows of split 'train' to be timed")
     size = batch_size or config.batch_size
     rows = list(islice(cycle(shuffled(train_rows, 0, 0)), _ROWS))
-    specs = find_taps(cache, config, config.feature_taps)
+    specs = find_taps(cache, config)
     taps, logits = [tap.name for tap in specs], config.uses_logits
     arrays = wanted_arrays(cache, taps, logits)
     if config.compile and steps:

@@ -296,7 +296,7 @@ def _with_tuples(value: Any) -> Any:
 def _check(cache: Cache, configs: Sequence[TrainConfig]) -> None:
     """Raise what every run would end with, before the first begins."""
     for config in configs:
-        find_taps(cache, config, config.feature_taps)
+        find_taps(cache, config)
     for encoder, weights in {(c.student_encoder, c.encoder_weights) for c in configs}:
         build_student(encoder, weights)
 

@@ -126,9 +126,7 @@ def prepared(
         raise RunError(f"--out {out} is inside the cache {cache_path}; choose another")
     if processes.leads:
         stack.enter_context(claimed(out))
-    # a resume keeps its taps, whatever others the cache has by now
-    names = [tap["name"] for tap in record["taps"]] if resume else config.feature_taps
-    taps = find_taps(cache, config, names)
+    taps = find_taps(cache, config)
     run = Run(
         out=out,
         cache=cache,
@@ -180,8 +178,8 @@ def check_splits(run: Run) -> None:
         )
 
 
-def find_taps(cache: Cache, config: TrainConfig, names: Sequence[str]) -> tuple[TapSpec, ...]:
-    """The taps of these names that the projections aim at, or all of the cache where none is named.
+def find_taps(cache: Cache, config: TrainConfig) -> tuple[TapSpec, ...]:
+    """The taps that the projections aim at: the `feature_taps`, or all of the cache.
 
     Without a feature loss there are none: no feature byte is read. Raises RunError when the cache
     lacks what a loss is of or the student a tap's grid, CacheError for a name that it does not have.
@@ -199,7 +197,7 @@ def find_taps(cache: Cache, config: TrainConfig, names: Sequence[str]) -> tuple[
         raise RunError(
             f"{cache.path} holds no features; train with --feature-weight 0, or extract them"
         )
-    taps = tuple(cache.tap(name) for name in names or cache.taps)
+    taps = tuple(cache.tap(name) for name in config.feature_taps or cache.taps)
     if config.tap_weights and len(config.tap_weights) != len(taps):
         raise RunError(
             f"tap_weights holds {len(config.tap_weights)} values, the feature loss is of {len(taps)} taps "

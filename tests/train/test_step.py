@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import distributed, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from training import tapped_cache
 
 from kdcache.cache.format import RowKey
 from kdcache.cache.reader import Cache
@@ -18,7 +19,7 @@ from kdcache.config import TrainConfig
 from kdcache.errors import RunError
 from kdcache.imaging import IGNORE, PADDING
 from kdcache.standins import TAP
-from kdcache.train import loop, losses, step
+from kdcache.train import loop, losses, prepare, step
 from kdcache.train.loader import Batch, read_batches
 from kdcache.train.loop import _steps
 from kdcache.train.parallel import Processes, joined
@@ -110,17 +111,29 @@ def test_two_batches_in_one_step_divide_by_what_both_hold(cache):
         assert torch.allclose(gradient, theirs[key], rtol=1e-3, atol=1e-6), key
 
 
-def _one_of_two(rank: int, port: int, path: Path, out: Path) -> None:
+ONE_TAP = CONFIG
+LEARNED_TAPS = CONFIG.model_copy(
+    update={"layer_weights": "learned", "feature_attention": "feature_energy"}
+)
+
+
+def state_from(path: Path, config: TrainConfig) -> State:
+    torch.manual_seed(0)
+    cache = Cache(path)
+    return prepare.new_state(cache, config, cache.manifest.taps, "random", "cpu")
+
+
+def _one_of_two(rank: int, port: int, path: Path, out: Path, config: TrainConfig) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     batches = some_batches(path)
     with joined("cpu") as (processes, device):
         assert (processes.count, processes.rank, device) == (2, rank, "cpu")
-        state = new_state(Cache(path).manifest.taps[0].shape[0])
+        state = state_from(path, config)
         model = processes.wrap(Trainee(state.student, state.projections)).train()
         for _ in range(3):
-            taken = take_step(model, state, [batches[rank]], CONFIG, 3.0, processes)
+            taken = take_step(model, state, [batches[rank]], config, 3.0, processes)
             (values,) = read([taken])
         assert processes.any(rank == 1, "cpu")
         assert not processes.any(False, "cpu")
@@ -128,11 +141,13 @@ def _one_of_two(rank: int, port: int, path: Path, out: Path) -> None:
         distributed.barrier()
 
 
-def test_two_processes_step_as_one_that_adds_up_both_halves(cache, tmp_path, free_port):
+@pytest.mark.parametrize("config", [ONE_TAP, LEARNED_TAPS], ids=["one tap", "learned taps"])
+def test_two_processes_step_as_one_that_adds_up_both_halves(cache, tmp_path, free_port, config):
     """Bit for bit: both divide by the pixels, labelled pixels and images of all four rows."""
+    path = cache.path if config is ONE_TAP else tapped_cache(tmp_path / "c", 8, 16).path
     context = multiprocessing.get_context("spawn")
     pair = [
-        context.Process(target=_one_of_two, args=(rank, free_port, cache.path, tmp_path))
+        context.Process(target=_one_of_two, args=(rank, free_port, path, tmp_path, config))
         for rank in range(2)
     ]
     for process in pair:
@@ -142,9 +157,9 @@ def test_two_processes_step_as_one_that_adds_up_both_halves(cache, tmp_path, fre
         assert process.exitcode == 0
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    state = new_state(cache.manifest.taps[0].shape[0])
+    state = state_from(path, config)
     for _ in range(3):
-        expected = trained(state, some_batches(cache.path))
+        expected = trained(state, some_batches(path), config)
     torch.set_num_threads(threads)
     for rank in range(2):
         values, found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
