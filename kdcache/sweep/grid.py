@@ -82,10 +82,9 @@ def _parse_axis(value: Any, where: str) -> list[Any] | Range:
             value = [parse_value(part.strip()) for part in value.split(",") if part.strip()]
     if not isinstance(value, list) or not value:
         raise ConfigError(f"{where}: expected values, or a range such as 1e-5..1e-3:log")
-    value = [tuple(one) if isinstance(one, list) else one for one in value]
     if len({repr(one) for one in value}) < len(value):
         raise ConfigError(f"{where}: a value stands there twice")
-    return value
+    return [tuple(one) if isinstance(one, list) else one for one in value]
 
 
 def _parse_range(text: str, where: str) -> Range | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import shutil
 import subprocess
@@ -294,11 +295,11 @@ def test_out_of_memory_names_a_remedy(cache, tmp_path, monkeypatch):
         train(cache, tmp_path / "run")
 
 
-def test_tap_of_another_grid_is_refused_before_anything_is_written(standins, tmp_path):
+def test_tap_of_another_grid_is_learned_where_the_student_has_it(standins, tmp_path):
     standins.extract(tmp_path / "c", yolo_target_layer="relu_1", limit=6)
-    with pytest.raises(RunError, match=r"32×16×16 in this cache, the student's tap is 40×8×8"):
-        train(Cache(tmp_path / "c"), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
+    train(Cache(tmp_path / "c"), tmp_path / "run", epochs=1)
+    (tap,) = json.loads((tmp_path / "run/run.json").read_text())["taps"]
+    assert tap == {"name": "relu_1", "student_tap": "encoder", "stride": 4}
 
 
 @pytest.mark.parametrize("device", ["foo", "meta"])

@@ -6,6 +6,7 @@ import dataclasses
 import multiprocessing
 import os
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from training import tapped_cache
 
 from kdcache.cache.format import RowKey
 from kdcache.cache.reader import Cache
-from kdcache.config import TrainConfig
+from kdcache.config import Attention, TrainConfig
 from kdcache.errors import RunError
 from kdcache.imaging import IGNORE, PADDING
 from kdcache.standins import TAP
@@ -40,16 +41,12 @@ from kdcache.train.student import Student, StudentOutput, TapPoint, build_studen
 CONFIG = TrainConfig(encoder_weights="random", projection_hidden_dim=16, learning_rate=3e-3)
 
 
-def one_projection(student: Student, hidden: int, channels: int, tap: str = TAP) -> Projections:
-    (own,) = student.tap_channels
-    return Projections({tap: Projection(own, hidden, channels)}, [1.0])
-
-
 def new_state(channels: int, config: TrainConfig = CONFIG, scale: float = 0.0) -> State:
     torch.manual_seed(0)
     points = [TapPoint(config.student_tap, 8)]
     student = build_student(config.student_encoder, "random", points, config.trained_levels)
-    projections = one_projection(student, config.projection_hidden_dim, channels)
+    (own,) = student.tap_channels
+    projections = Projections({TAP: Projection(own, config.projection_hidden_dim, channels)}, [1.0])
     return State(
         student=student,
         projections=projections,
@@ -213,12 +210,15 @@ def test_gradient_that_is_not_finite_stops_before_it_is_applied(cache):
     assert torch.isfinite(head).all()
 
 
-def test_a_step_waits_for_no_number_of_its_own(monkeypatch):
+@pytest.mark.parametrize("attention", get_args(Attention))
+def test_a_step_waits_for_no_number_of_its_own(monkeypatch, attention):
     """Tensors without data, as a GPU that has not come to it yet: whoever looks at one fails."""
     monkeypatch.setattr(step, "read", lambda steps: iter([{}]))
+    config = LEARNED_TAPS.model_copy(update={"feature_attention": attention})
     with FakeTensorMode():
-        student = Student("timm-efficientnet-b0", [TapPoint("encoder", 8)])
-        projections = one_projection(student, 8, 16, "tap")
+        student = Student("timm-efficientnet-b0", [TapPoint("encoder", 8), TapPoint("decoder", 16)])
+        of_taps = {f"tap {n}": Projection(c, 8, 16) for n, c in enumerate(student.tap_channels)}
+        projections = Projections(of_taps, [0.5, 0.5], learned=True)
         modules = nn.ModuleList([student, projections])
         trained = [p for p in modules.parameters() if p.requires_grad]
         state = State(
@@ -233,12 +233,12 @@ def test_a_step_waits_for_no_number_of_its_own(monkeypatch):
             image=torch.empty(2, 3, 64, 64),
             mask=mask,
             logits=torch.empty(2, 1, 64, 64),
-            features={"tap": torch.empty(2, 16, 8, 8)},
+            features={"tap 0": torch.empty(2, 16, 8, 8), "tap 1": torch.empty(2, 16, 4, 4)},
             keys=[RowKey("train", "a", 0)] * 2,
         )
         trainee = Trainee(student, projections).train()
         for _ in range(2):
-            taken = take_step(trainee, state, [batch, batch], CONFIG, 3.0, Processes())
+            taken = take_step(trainee, state, [batch, batch], config, 3.0, Processes())
         with pytest.raises(DataDependentOutputException):
             next(read([taken]))
 
