@@ -87,7 +87,7 @@ def open_student(path: Path, device: str = "auto", *, features: bool = False) ->
         config, record = _told_config(metadata), None
     else:
         config, record = read_config(path), read_record(path)
-        student, metadata = read_best_student(path, with_taps=True)
+        student, metadata = read_best_student(path, with_taps=features)
         _check_of_one_cache(path, metadata, record)
         projections = read_best_projections(path, student) if features else None
     check_preprocessing(path, metadata)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -278,20 +278,23 @@ def say_reach(run: Run, state: State) -> None:
     with device_memory("back-propagating the first batch", "lower --batch-size"):
         reach = find_reach(Trainee(state.student, state.projections), batch, run.config)
     log.info("%s", reach_text(reach, run.config))
-    names = {tap: "feature" if len(run.taps) == 1 else of_tap(tap) for tap in run.tap_names}
-    lost = [tap for tap, name in names.items() if not reaches_student(reach, name)]
+    lost = {
+        tap: point.stride
+        for tap, point in zip(run.tap_names, state.student.points, strict=True)
+        if point.part == "encoder"
+        and not reaches_student(reach, "feature" if len(run.taps) == 1 else of_tap(tap))
+    }
     if lost:
-        points = dict(zip(run.tap_names, state.student.points, strict=True))
         log.warning(
             "feature_weight = %g, but the feature loss%s trains only the projection, which is not part "
             "of the student: %s let it reach it",
             run.config.feature_weight,
             "" if len(run.taps) == 1 else f" of {', '.join(lost)}",
-            _ways_to_reach([points[tap].stride for tap in lost]),
+            _ways_to_reach(lost.values()),
         )
 
 
-def _ways_to_reach(strides: Sequence[int]) -> str:
+def _ways_to_reach(strides: Collection[int]) -> str:
     """Settings with which the feature loss at these strides of the encoder trains something else."""
     levels = ENCODER_LEVELS + 1 - LEVELS[min(strides)]
     ways = ["--set student_tap=decoder"] * (set(strides) <= set(STRIDES["decoder"]))
