@@ -63,8 +63,8 @@ from kdcache.precompute.yolo import Yolo
 from kdcache.standins import TAP, save_scenes
 from kdcache.train import Batch, batches
 from kdcache.train.parallel import Processes
-from kdcache.train.step import take_step, trained_model, untrained_state
-from kdcache.train.student import Projection, build_student
+from kdcache.train.prepare import new_state
+from kdcache.train.step import take_step, trained_model
 
 DETECTOR, TEACHER = "detector.onnx", "teacher.ckpt"
 THROUGH_HOST = "online, features through the host"
@@ -134,11 +134,8 @@ class _Trained:
 
     def __init__(self, cache: Cache, config: TrainConfig, device: str) -> None:
         torch.manual_seed(config.seed)
-        student = build_student(config.student_encoder, "random").to(device)
-        channels = cache.tap(TAP).shape[0]
-        projection = Projection(student.tap_channels, config.projection_hidden_dim, channels)
         self._config = config
-        self._state = untrained_state(student, projection.to(device), config, device)
+        self._state = new_state(cache, config, [cache.tap(TAP)], "random", device)
         self._model = trained_model(self._state, config, Processes()).train()
 
     def step(self, batch: Batch) -> None:

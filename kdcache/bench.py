@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ from kdcache.train.loader import (
     wanted_arrays,
 )
 from kdcache.train.parallel import Processes
+from kdcache.train.prepare import find_taps, new_state
 from kdcache.train.repeatable import Position
 from kdcache.train.run_folder import State, read_config
 from kdcache.train.step import (
@@ -39,9 +41,8 @@ from kdcache.train.step import (
     read,
     take_step,
     trained_model,
-    untrained_state,
 )
-from kdcache.train.student import Projection, build_student, resolve_device
+from kdcache.train.student import resolve_device
 
 _ROWS = 256  # that a round reads; those of a small cache more than once
 _ROUNDS = 5
@@ -93,8 +94,8 @@ def bench(
         raise CacheError(f"{cache.path} has no rows of split 'train' to be timed")
     size = batch_size or config.batch_size
     rows = list(islice(cycle(epoch_rows(cache, samples, 0, 0)), _ROWS))
-    taps = cache.taps[:1] if config.feature_weight else []
-    logits = bool(config.kl_weight or config.mse_weight)
+    specs = find_taps(cache, config)
+    taps, logits = [tap.name for tap in specs], config.uses_logits
     arrays = wanted_arrays(cache, taps, logits)
     if config.compile and steps:
         check_compiler(on)
@@ -112,7 +113,10 @@ def bench(
     pace = _Pace()
     if steps:
         step_rows = list(islice(cycle(rows), (steps + 1) * size))
-        pace = _step_pace(cache, chunked(step_rows, size), config, on, workers)
+        state = new_state(cache, config, specs, "random", on)
+        groups = chunked(step_rows, size)
+        source = read_batches(cache, groups, on, taps, workers, logits=logits)
+        pace = _step_pace(source, steps, config, state)
     return BenchReport(
         cache=cache.path,
         device=on,
@@ -130,7 +134,10 @@ def bench(
 def _usable(config: TrainConfig, cache: Cache) -> TrainConfig:
     """The settings without the losses that a cache of one model cannot have."""
     if not cache.has_logits:
-        config = config.model_copy(update={"kl_weight": 0.0, "mse_weight": 0.0})
+        without: dict[str, Any] = {"kl_weight": 0.0, "mse_weight": 0.0}
+        if config.feature_attention == "teacher_uncertainty":
+            without |= {"feature_attention": "none"}
+        config = config.model_copy(update=without)
     if not cache.manifest.taps:
         config = config.model_copy(update={"feature_weight": 0.0})
     return config
@@ -233,15 +240,9 @@ class _Pace:
     data_wait_fraction: float | None = None
 
 
-def _step_pace(
-    cache: Cache, groups: Sequence[Sequence[int]], config: TrainConfig, device: str, workers: int
-) -> _Pace:
+def _step_pace(source: Iterator[Batch], steps: int, config: TrainConfig, state: State) -> _Pace:
     """Of training steps, the first left out: it builds and warms what the others find."""
-    taps = cache.taps[:1] if config.feature_weight else []
-    logits = bool(config.kl_weight or config.mse_weight)
-    state = _random_state(cache, config, device)
     model = trained_model(state, config, Processes()).train()
-    source = read_batches(cache, groups, device, taps, workers, logits=logits)
 
     start = Position(epoch=0, step=0, rank=0, batch=0)
 
@@ -252,7 +253,7 @@ def _step_pace(
 
     list(read([step(next(source))]))  # reading waits for a GPU to come to it
     waited, images, started = 0.0, 0, time.perf_counter()
-    for _ in groups[1:]:
+    for _ in range(steps):
         asked = time.perf_counter()
         batch = next(source)
         waited += time.perf_counter() - asked
@@ -260,16 +261,4 @@ def _step_pace(
         images += len(batch.keys)
     list(read([taken]))
     seconds = time.perf_counter() - started
-    return _Pace(seconds / (len(groups) - 1), images / seconds, waited / seconds)
-
-
-def _random_state(cache: Cache, config: TrainConfig, device: str) -> State:
-    student = build_student(
-        config.student_encoder, "random", config.student_tap, config.trained_levels
-    ).to(device)
-    projection = None
-    if config.feature_weight:
-        channels = cache.manifest.taps[0].shape[0]
-        projection = Projection(student.tap_channels, config.projection_hidden_dim, channels)
-        projection.to(device)
-    return untrained_state(student, projection, config, device)
+    return _Pace(seconds / steps, images / seconds, waited / seconds)

@@ -11,7 +11,7 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
@@ -59,7 +59,8 @@ class _Settings(BaseModel):
     @classmethod
     def _yes_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
         field = cls.model_fields[info.field_name or ""]
-        if isinstance(value, bool) and field.annotation is not bool:
+        holds = value if isinstance(value, list | tuple) else [value]
+        if field.annotation is not bool and any(isinstance(one, bool) for one in holds):
             raise ValueError("true and false are for switches")
         return value
 
@@ -224,10 +225,51 @@ class TrainConfig(_Settings):
     def _kl_scale_is_text(cls, value: Any) -> Any:
         return "1" if value == 1 else value  # TOML and --set make a number of it
 
+    @field_validator("student_tap", mode="before")
+    @classmethod
+    def _student_tap_is_known(cls, value: Any) -> Any:
+        parts = [value] if isinstance(value, str) else value
+        known = get_args(StudentTap)
+        if not isinstance(parts, list | tuple) or not parts or any(p not in known for p in parts):
+            raise ValueError("expected encoder or decoder, or a list of these, one for each tap")
+        return value
+
+    @field_validator("feature_taps", "tap_weights", mode="before")
+    @classmethod
+    def _one_is_a_list_of_one(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str | int | float) else value
+
+    @field_validator("feature_taps")
+    @classmethod
+    def _each_tap_is_named_once(cls, taps: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(taps)) < len(taps) or "" in taps:
+            raise ValueError("expected names of taps, each once")
+        return taps
+
+    @field_validator("tap_weights")
+    @classmethod
+    def _every_tap_counts(cls, weights: tuple[float, ...]) -> tuple[float, ...]:
+        if any(weight <= 0 for weight in weights):
+            raise ValueError(
+                "expected numbers above 0; a tap that is to count nothing is left out of feature_taps"
+            )
+        return weights
+
     @model_validator(mode="after")
     def _something_is_learned(self) -> Self:
         if not any(getattr(self, f"{name}_weight") for name in LOSSES):
             raise ValueError("all loss weights are 0: nothing would be learned")
+        return self
+
+    @model_validator(mode="after")
+    def _each_tap_has_its_own(self) -> Self:
+        student = () if isinstance(self.student_tap, str) else self.student_tap
+        for name, given in (("tap_weights", self.tap_weights), ("student_tap", student)):
+            if given and self.feature_taps and len(given) != len(self.feature_taps):
+                raise ValueError(
+                    f"{name} holds {len(given)} values, feature_taps {len(self.feature_taps)} names: "
+                    "give one for each tap"
+                )
         return self
 
     @field_validator("train_encoder")
@@ -243,6 +285,17 @@ class TrainConfig(_Settings):
         if self.train_encoder in ("none", "all"):
             return ENCODER_LEVELS if self.train_encoder == "all" else 0
         return int(self.train_encoder.removeprefix("last:"))
+
+    @property
+    def uses_logits(self) -> bool:
+        """Whether anything is made of the teacher's logits; else none are read."""
+        attends = bool(self.feature_weight) and self.feature_attention == "teacher_uncertainty"
+        return bool(self.kl_weight or self.mse_weight) or attends
+
+    def tap_shares(self, taps: int) -> tuple[float, ...]:
+        """`tap_weights` scaled to add up to 1, for so many taps; equal ones where none are given."""
+        weights = self.tap_weights or (1.0,) * taps
+        return tuple(weight / sum(weights) for weight in weights)
 
     @property
     def last_temperature(self) -> float:

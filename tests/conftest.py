@@ -142,15 +142,19 @@ def make_row(
 ) -> tuple[RowKey, dict[str, np.ndarray]]:
     """A row of random content that depends on its number alone."""
     rng = np.random.default_rng(number)
-    size, (tap,) = manifest.size_px, manifest.taps
+    size = manifest.size_px
     key = RowKey(split, f"photos/{number}.jpg", 0)
-    encoded = codecs.encode(repeating(rng.normal(size=tap.shape).astype(np.float32), tap), tap)
+    features = {}
+    for tap in manifest.taps:
+        values = repeating(rng.normal(size=tap.shape).astype(np.float32), tap)
+        encoded = codecs.encode(values, tap)
+        features |= {f"{tap.folder}/{name}": array for name, array in encoded.items()}
     return key, {
         IMAGE: rng.integers(0, 256, (size, size, 3), np.uint8),
         MASK: rng.integers(0, 2, (size, size), np.uint8),
         LOGITS: rng.normal(size=(size, size)).astype(manifest.logits_dtype),
         ROWS: describe_row(key, {"source_bytes": number}),
-        **{f"{tap.folder}/{name}": array for name, array in encoded.items()},
+        **features,
     }
 
 

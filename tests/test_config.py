@@ -112,6 +112,51 @@ def test_kl_scale_1_is_taken_as_a_number_too(text):
     assert load(TrainConfig, assignments=[f"kl_scale={text}"]).kl_scale == "1"
 
 
+def test_taps_are_lists_or_a_single_name(tmp_path):
+    given = ['feature_taps=["a","b"]', "tap_weights=[1,3]", 'student_tap=["encoder","decoder"]']
+    several = load(TrainConfig, assignments=given)
+    assert (several.feature_taps, several.tap_weights) == (("a", "b"), (1.0, 3.0))
+    assert several.student_tap == ("encoder", "decoder")
+    (tmp_path / "c.toml").write_text(several.to_toml())
+    assert load(TrainConfig, str(tmp_path / "c.toml")) == several
+    one = load(TrainConfig, assignments=["feature_taps=/a/b", "tap_weights=2"])
+    assert (one.feature_taps, one.tap_weights, one.student_tap) == (("/a/b",), (2.0,), "encoder")
+
+
+@pytest.mark.parametrize(
+    ("assignments", "message"),
+    [
+        (["student_tap=middle"], "student_tap = 'middle': expected encoder or decoder, or a list"),
+        (['student_tap=["encoder","x"]'], "student_tap = .*expected encoder or decoder"),
+        (["student_tap=[]"], r"student_tap = \[\]: expected encoder or decoder"),
+        (['feature_taps=["a","a"]'], "feature_taps = .*each once"),
+        (["tap_weights=[1,0]"], "tap_weights = .*above 0; a tap .* left out of feature_taps"),
+        (["tap_weights=[1,true]"], "true and false are for switches"),
+        (["tap_weights=[1,nan]"], "tap_weights.*finite"),
+        (
+            ["feature_taps=a", "tap_weights=[1,2]"],
+            "^tap_weights holds 2 values, feature_taps 1 names",
+        ),
+        (['feature_taps=["a","b"]', 'student_tap=["encoder"]'], "^student_tap holds 1 values"),
+        (["layer_weights=free"], "layer_weights = 'free'.*'fixed' or 'learned'"),
+        (["layer_regularisation=-1"], "layer_regularisation = -1"),
+        (["feature_attention=people"], "feature_attention = 'people'"),
+    ],
+)
+def test_settings_of_taps_that_cannot_be_are_refused(assignments, message):
+    with pytest.raises(ConfigError, match=message):
+        load(TrainConfig, assignments=assignments)
+
+
+def test_logits_are_used_by_their_losses_and_by_attention_to_them():
+    without = {"kl_weight": 0.0, "mse_weight": 0.0}
+    attending = without | {"feature_attention": "teacher_uncertainty"}
+    assert TrainConfig().uses_logits
+    assert not TrainConfig(**without).uses_logits
+    assert TrainConfig(**attending).uses_logits
+    assert not TrainConfig(**attending, feature_weight=0.0).uses_logits
+
+
 def test_a_base_lies_under_the_config(tmp_path):
     (tmp_path / "stored.toml").write_text("epochs = 7\nseed = 3")
     (tmp_path / "mine.toml").write_text("seed = 4")

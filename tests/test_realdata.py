@@ -18,7 +18,7 @@ from kdcache.precompute.dataset import coco_dataset
 from kdcache.precompute.extract import extract
 from kdcache.precompute.yolo import Yolo
 from kdcache.train.loop import train
-from kdcache.train.student import build_student
+from kdcache.train.student import TapPoint, build_student
 
 TAP_P3 = "/model.14/Concat_output_0"
 
@@ -101,5 +101,6 @@ def test_real_encoder_weights_fit_the_student(realdata):
     student = build_student(
         "tu-tf_efficientnet_lite0",
         str(realdata / "tf_efficientnet_lite0_imagenet.safetensors"),
+        [TapPoint("encoder", 8)],
     )
-    assert student.tap_channels == 40
+    assert student.tap_channels == (40,)

@@ -101,9 +101,8 @@ class TapSpec:
 
     @property
     def folder(self) -> str:
-        """A path in the group; tap names hold slashes and colons, which are not portable there."""
-        name = re.sub(r"[^A-Za-z0-9_.-]+", "_", self.name).strip("_.")
-        return "features/" + generation_of(name, self.generation)
+        """A path in the group."""
+        return "features/" + generation_of(plain(self.name), self.generation)
 
     @property
     def bits(self) -> int | None:
@@ -162,6 +161,11 @@ class TapSpec:
             groups=groups,
             generation=record.get("generation", 0),
         )
+
+
+def plain(tap: str) -> str:
+    """A tap's name in characters that do in paths and metrics; it may hold slashes and colons."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "_", tap).strip("_.")
 
 
 def generation_of(name: str, generation: int) -> str:

@@ -20,7 +20,7 @@ from kdcache.errors import RunError, device_memory
 from kdcache.imaging import IGNORE, PADDING, PERSON
 from kdcache.progress import Progress
 from kdcache.train.loader import read_batches
-from kdcache.train.score import Scored, score_images, summary
+from kdcache.train.score import Scored, loss_names, score_images, summary
 
 _COLUMNS = (
     "student",
@@ -34,7 +34,6 @@ _COLUMNS = (
     "agreement",
     "teacher_miou",
 )
-_LOSSES = ("kl", "mse", "bce", "dice", "feature_loss")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,8 +92,7 @@ def evaluate(
             cache,
             rows,
             one.config,
-            projection=one.projection,
-            tap=one.record["tap"] if one.record else None,
+            projections=one.projections,
             temperature=temperature,
             device=one.device,
         ):
@@ -112,7 +110,8 @@ def evaluate(
 def save_images_csv(path: Path, evaluations: Sequence[Evaluation]) -> None:
     """Write a line for each image and student; a value that an image cannot give is empty."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, [*_COLUMNS, *_LOSSES], lineterminator="\n")
+    losses = loss_names([one for evaluation in evaluations for one in evaluation.images])
+    writer = csv.DictWriter(text, [*_COLUMNS, *losses], lineterminator="\n")
     writer.writeheader()
     for evaluation in evaluations:
         writer.writerows(_line(evaluation, one) for one in evaluation.images)

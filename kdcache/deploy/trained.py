@@ -16,16 +16,17 @@ from kdcache.config import TrainConfig
 from kdcache.errors import ModelError, RunError, device_memory
 from kdcache.imaging import IMAGENET_MEAN, IMAGENET_STD, INTERPOLATION
 from kdcache.pixels import normalised, restored
+from kdcache.train.projection import Projections
 from kdcache.train.run_folder import (
     check_cache,
-    read_best_projection,
+    read_best_projections,
     read_best_student,
     read_config,
     read_record,
     saved_student,
 )
 from kdcache.train.step import Trainee
-from kdcache.train.student import Projection, StudentOutput, resolve_device
+from kdcache.train.student import StudentOutput, resolve_device
 
 # What an exported file says of itself, as JSON, under this name.
 METADATA_KEY = "kdcache"
@@ -46,7 +47,7 @@ class TrainedStudent:
     device: str
     config: TrainConfig  # of its run; as far as a student's own file states it
     record: Mapping[str, Any] | None  # what its run was started from; None of a file
-    projection: Projection | None  # of a run that learned features
+    projections: Projections | None  # of a run that learned features
     unet: nn.Module | None  # the network itself; None of a graph
     run: Callable[[Tensor], StudentOutput]  # on normalised pixels
     takes_photos: Callable[[Tensor], Tensor] | None  # of a graph with its own preprocessing
@@ -66,13 +67,13 @@ class TrainedStudent:
 def open_student(path: Path, device: str = "auto", *, features: bool = False) -> TrainedStudent:
     """The best student of a run folder, or the one in a `.safetensors` or `.onnx` file.
 
-    With `features` a run's projection comes too. Raises RunError or ModelError for anything else,
+    With `features` a run's projections come too. Raises RunError or ModelError for anything else,
     and for a student whose pixels were prepared otherwise than this version prepares them.
     """
     on = resolve_device(device)
     if path.is_file() and path.suffix.lower() == ".onnx":
         return open_onnx_student(path, on)
-    projection: Projection | None = None
+    projections: Projections | None = None
     if not path.exists():
         raise RunError(f"{path}: no such run folder or student file")
     if (path / "sweep.json").exists():
@@ -86,19 +87,19 @@ def open_student(path: Path, device: str = "auto", *, features: bool = False) ->
         config, record = _told_config(metadata), None
     else:
         config, record = read_config(path), read_record(path)
-        student, metadata = read_best_student(path, with_tap=True)
+        student, metadata = read_best_student(path, with_taps=features)
         _check_of_one_cache(path, metadata, record)
-        projection = read_best_projection(path, student) if features else None
+        projections = read_best_projections(path, student) if features else None
     check_preprocessing(path, metadata)
     with device_memory("loading the student", "use --device cpu"):
-        network = Trainee(student, projection).eval().to(on)
+        network = Trainee(student, projections).eval().to(on)
     return TrainedStudent(
         path=path,
         metadata=metadata,
         device=on,
         config=config,
         record=record,
-        projection=projection,
+        projections=projections,
         unet=student.unet,
         run=network,
         takes_photos=None,
@@ -133,7 +134,7 @@ def open_onnx_student(path: Path, device: str) -> TrainedStudent:
 
     def run(pixels_NCHW: Tensor) -> StudentOutput:
         logits = network(restored(pixels_NCHW) if photos else pixels_NCHW)
-        return StudentOutput(logits, logits.new_empty(0))
+        return StudentOutput(logits, ())
 
     return TrainedStudent(
         path=path,
@@ -141,7 +142,7 @@ def open_onnx_student(path: Path, device: str) -> TrainedStudent:
         device=device,
         config=_told_config(metadata),
         record=None,
-        projection=None,
+        projections=None,
         unet=None,
         run=run,
         takes_photos=network if photos else None,

@@ -50,6 +50,8 @@ def parse_axes(
 ) -> dict[str, Any]:
     """Axes from `key=v1,v2,…` or `key=low..high[:log]`, and from a TOML table of the same.
 
+    Values that are lists themselves are tuples then, and are written as TOML has them: `key=[…],[…]`.
+
     Raises ConfigError for what cannot be swept: an unknown setting, no value, one twice.
     """
     axes: dict[str, Any] = {}
@@ -74,12 +76,15 @@ def _parse_axis(value: Any, where: str) -> list[Any] | Range:
         found = _parse_range(value, where)
         if found is not None:
             return found
-        value = [parse_value(part.strip()) for part in value.split(",") if part.strip()]
+        if value.startswith("["):
+            value = parse_value(f"[{value}]")
+        else:
+            value = [parse_value(part.strip()) for part in value.split(",") if part.strip()]
     if not isinstance(value, list) or not value:
         raise ConfigError(f"{where}: expected values, or a range such as 1e-5..1e-3:log")
     if len({repr(one) for one in value}) < len(value):
         raise ConfigError(f"{where}: a value stands there twice")
-    return value
+    return [tuple(one) if isinstance(one, list) else one for one in value]
 
 
 def _parse_range(text: str, where: str) -> Range | None:
@@ -165,4 +170,6 @@ def run_name(values: Mapping[str, Any]) -> str:
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "+".join(map(_shown, value)) or "default"
     return f"{value:.10g}" if isinstance(value, float) else str(value)

@@ -121,7 +121,10 @@ def sweep_page(
     page = environment.get_template("page.html.j2").render(
         title=printable(title),
         inks=plots.INKS,
-        swept=[f"{printable(n)}: {', '.join(map(_shown, values))}" for n, values in axes.items()],
+        swept=[
+            f"{printable(name)}: {', '.join(dict.fromkeys(map(_shown, values)))}"
+            for name, values in axes.items()
+        ],
         states={state: sum(run.state == state for run in runs) for state in _STATES},
         by_loss=metric == _LOSS,
         metric=_METRICS[metric],
@@ -157,6 +160,8 @@ def _shown(value: Any) -> str:
         return _NONE
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, tuple):
+        return " + ".join(map(_shown, value)) or "default"
     return f"{value:.10g}" if isinstance(value, float) else printable(str(value))
 
 

@@ -33,7 +33,7 @@ from kdcache.sweep.live import Live
 from kdcache.sweep.page import sweep_page
 from kdcache.sweep.runs import SweepRun, read_run, runs_csv
 from kdcache.sweep.workers import Crew, Processes, Task, is_begun
-from kdcache.train.prepare import Start, find_target
+from kdcache.train.prepare import Start, find_taps
 from kdcache.train.run_folder import check_cache
 from kdcache.train.student import build_student, resolve_device
 from kdcache.train.together import shared_settings
@@ -279,15 +279,24 @@ def _read(out: Path) -> _Sweep | None:
         return None
     try:
         record = json.loads(path.read_text())
+        record |= {name: _with_tuples(record[name]) for name in ("base", "values")}
+        record["axes"] = {key: list(_with_tuples(of)) for key, of in record["axes"].items()}
         return _Sweep(out=out, **(record | {"cache": place_of(record["cache"])}))
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise RunError(f"{path} is no record of a sweep: {error}; choose another --out") from error
+
+
+def _with_tuples(value: Any) -> Any:
+    """Settings as JSON has them as the settings have them: lists in them are tuples."""
+    if isinstance(value, dict):
+        return {key: _with_tuples(one) for key, one in value.items()}
+    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
 
 
 def _check(cache: Cache, configs: Sequence[TrainConfig]) -> None:
     """Raise what every run would end with, before the first begins."""
     for config in configs:
-        find_target(cache, config)
+        find_taps(cache, config)
     for encoder, weights in {(c.student_encoder, c.encoder_weights) for c in configs}:
         build_student(encoder, weights)
 

@@ -1,4 +1,4 @@
-"""Training from a cache, top to bottom: student and projection, five losses, resumable at any step."""
+"""Training from a cache, top to bottom: student and projections, five losses, resumable at any step."""
 
 from __future__ import annotations
 
@@ -158,6 +158,7 @@ def _metrics(member: Member, epoch: int) -> dict[str, Any]:
         "lr": member.state.optimizer.param_groups[0]["lr"],
         "temperature": schedule.temperature(member.run.config, epoch),
         **_means(member.state.sums),
+        **(projections.measured() if (projections := member.state.projections) else {}),
     }
 
 
@@ -199,7 +200,7 @@ def _train_epoch(
         groups,
         run.device,
         taps_of(members),
-        logits=any(m.run.uses_logits for m in members),
+        logits=any(m.run.config.uses_logits for m in members),
         tally=tally,
     )
     title = f"epoch {epoch + 1}/{config.epochs}"
@@ -372,11 +373,11 @@ def _validate(members: Sequence[Member], epoch: int) -> dict[Path, dict[str, Any
             shared = encoded(members, batch, half=False)
             for member in members:
                 config, state = member.run.config, member.state
-                trainee = Trainee(state.student, state.projection)
+                trainee = Trainee(state.student, state.projections)
                 output = trainee(batch.image, None, shared.encoded)
                 temperature = schedule.temperature(config, epoch)
-                projection = state.projection
-                found[member.run.out] += scored(batch, output, projection, config, temperature)
+                projections = state.projections
+                found[member.run.out] += scored(batch, output, projections, config, temperature)
     return {
         out: {f"val_{name}": value for name, value in summary(images).items()}
         for out, images in found.items()

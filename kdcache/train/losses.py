@@ -105,14 +105,16 @@ def feature_mse(
     mask: Tensor,
     per: Counts | None = None,
     positions: Tensor | None = None,
+    attention: Tensor | None = None,
 ) -> Tensor:
     """Mean over channels and seen positions of (P(f_s) − f_yolo)².
 
     With `positions`, some of the target's h·w, `projected` is (N, C, P, 1) at those alone; drawn
-    evenly, the loss is that of all positions in the mean.
+    evenly, the loss is that of all positions in the mean. `attention` (N, 1, h, w) multiplies what
+    each position counts; its mean over an image is to be 1.
     """
     squares = ((projected.float() - at(target, positions).float()) ** 2).mean(1)
-    return _mean_over_positions(squares, mask, per, target, positions)
+    return _mean_over_positions(squares, mask, per, target, positions, attention)
 
 
 def feature_cosine(
@@ -121,10 +123,11 @@ def feature_cosine(
     mask: Tensor,
     per: Counts | None = None,
     positions: Tensor | None = None,
+    attention: Tensor | None = None,
 ) -> Tensor:
-    """1 − mean over seen positions of the cosine along the channels; `positions` as above."""
+    """1 − mean over seen positions of the cosine along the channels; the rest as above."""
     cosine = F.cosine_similarity(projected.float(), at(target, positions).float(), dim=1)
-    return _mean_over_positions(1 - cosine, mask, per, target, positions)
+    return _mean_over_positions(1 - cosine, mask, per, target, positions, attention)
 
 
 def at(maps: Tensor, positions: Tensor | None) -> Tensor:
@@ -141,12 +144,20 @@ def _mean(values: Tensor, weight: Tensor, count: Tensor) -> Tensor:
 
 
 def _mean_over_positions(
-    values: Tensor, mask: Tensor, per: Counts | None, target: Tensor, positions: Tensor | None
+    values: Tensor,
+    mask: Tensor,
+    per: Counts | None,
+    target: Tensor,
+    positions: Tensor | None,
+    attention: Tensor | None,
 ) -> Tensor:
     """Mean over the target's grid, or some of it, each position weighted by what is seen of it."""
     grid = (target.shape[-2], target.shape[-1])
     pixels = seen(mask).reshape(len(mask), 1, *mask.shape[-2:])
-    weight = at(F.adaptive_avg_pool2d(pixels, grid), positions)[:, 0]
+    weight = F.adaptive_avg_pool2d(pixels, grid)
+    if attention is not None:
+        weight = weight * attention
+    weight = at(weight, positions)[:, 0]
     # the weights of all positions add up to the seen pixels, in units of positions
     count = (per or counts(mask)).seen_pixels * (values[0].numel() / pixels[0].numel())
     return _mean(values, weight, count)

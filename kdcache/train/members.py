@@ -30,7 +30,7 @@ def leaving(
 
 def taps_of(members: Sequence[Member]) -> list[str]:
     """The taps that any of them learns from."""
-    return list(dict.fromkeys(tap for member in members for tap in member.run.taps))
+    return list(dict.fromkeys(tap for member in members for tap in member.run.tap_names))
 
 
 def encoded(members: Sequence[Member], batch: Batch, *, half: bool) -> Batch:
@@ -45,9 +45,8 @@ def encoded(members: Sequence[Member], batch: Batch, *, half: bool) -> Batch:
 
 def own_batch(member: Member, batch: Batch) -> Batch:
     """What the member's run would have read by itself."""
-    taps = member.run.taps
     return dataclasses.replace(
         batch,
-        logits=batch.logits if member.run.uses_logits else None,
-        features={tap: batch.features[tap] for tap in taps},
+        logits=batch.logits if member.run.config.uses_logits else None,
+        features={tap: batch.features[tap] for tap in member.run.tap_names},
     )

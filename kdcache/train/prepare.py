@@ -1,11 +1,11 @@
-"""What a run starts from: rows checked, student and projection built, what each loss reaches."""
+"""What a run starts from: rows checked, student and projections built, what each loss reaches."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from torch import nn
 
 from kdcache.cache.layout import LOGITS, TapSpec
 from kdcache.cache.reader import Cache
-from kdcache.config import TrainConfig
+from kdcache.config import ENCODER_LEVELS, TrainConfig
 from kdcache.errors import RunError, device_memory
 from kdcache.imaging import BACKGROUND, PERSON
 from kdcache.places import Place
@@ -24,6 +24,7 @@ from kdcache.train.epoch import epoch_rows, samples_of
 from kdcache.train.flip import check_flip
 from kdcache.train.loader import read_batches
 from kdcache.train.parallel import Processes
+from kdcache.train.projection import Projection, Projections
 from kdcache.train.reach import find_reach, reach_text, reaches_student
 from kdcache.train.run_folder import (
     State,
@@ -36,8 +37,15 @@ from kdcache.train.run_folder import (
     write_config,
     write_metrics,
 )
-from kdcache.train.step import Taken, Trainee, check_compiler, trained_model, untrained_state
-from kdcache.train.student import TAP_STRIDE, Projection, Student, build_student
+from kdcache.train.step import (
+    Taken,
+    Trainee,
+    check_compiler,
+    of_tap,
+    trained_model,
+    untrained_state,
+)
+from kdcache.train.student import LEVELS, STRIDES, build_student, tap_points
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +63,7 @@ class Run:
     out: Path
     cache: Cache
     config: TrainConfig
-    tap: TapSpec | None
+    taps: Sequence[TapSpec]  # that the feature loss is of
     device: str
     processes: Processes
     stop: StopRequest
@@ -65,14 +73,9 @@ class Run:
     said: set[str] = field(default_factory=set)  # what need not be said again in each epoch
 
     @property
-    def taps(self) -> list[str]:
+    def tap_names(self) -> list[str]:
         """Those whose features are read."""
-        return [self.tap.name] if self.tap else []
-
-    @property
-    def uses_logits(self) -> bool:
-        """Nothing is read that no loss is of."""
-        return bool(self.config.kl_weight or self.config.mse_weight)
+        return [tap.name for tap in self.taps]
 
     def epoch(self, number: int) -> list[int]:
         """The rows of an epoch in their order: of each sample one."""
@@ -130,12 +133,12 @@ def prepared(
         raise RunError(f"--out {out} is inside the cache {cache_path}; choose another")
     if processes.leads:
         stack.enter_context(claimed(out))
-    tap = find_target(cache, config)
+    taps = find_taps(cache, config)
     run = Run(
         out=out,
         cache=cache,
         config=config,
-        tap=tap,
+        taps=taps,
         device=device,
         processes=processes,
         stop=stop,
@@ -146,7 +149,7 @@ def prepared(
     check_splits(run)
     say_views(run)
     if config.flip_targets:
-        figures = check_flip(cache, [*run.taps, *[LOGITS] * run.uses_logits])
+        figures = check_flip(cache, [*run.tap_names, *[LOGITS] * config.uses_logits])
         if processes.leads:
             log.info("%s", "\n".join(["flip_targets mirrors half of the rows:", *figures]))
     if config.compile:
@@ -167,7 +170,7 @@ def prepared(
             write_config(out, config)  # it may have been extended
             write_metrics(out, state)  # a crash may have come before them
         else:
-            start_run(out, config, cache, tap, state)
+            start_run(out, config, cache, taps, state)
     return Member(run=run, state=state, model=trained_model(state, config, processes))
 
 
@@ -213,23 +216,33 @@ def say_views(run: Run) -> None:
         )
 
 
-def find_target(cache: Cache, config: TrainConfig) -> TapSpec | None:
-    """The tap that the projection aims at; without a feature loss no feature byte is read.
+def find_taps(cache: Cache, config: TrainConfig) -> tuple[TapSpec, ...]:
+    """The taps that the projections aim at: the `feature_taps`, or all of the cache.
 
-    Raises RunError when the cache lacks what a loss is of.
+    Without a feature loss there are none: no feature byte is read. Raises RunError when the cache
+    lacks what a loss is of or the student a tap's grid, CacheError for a name that it does not have.
     """
-    if not cache.has_logits and (config.kl_weight or config.mse_weight):
+    if not cache.has_logits and config.uses_logits:
+        attends = config.feature_attention == "teacher_uncertainty"
         raise RunError(
             f"{cache.path} holds no teacher logits; train with --set kl_weight=0 --set mse_weight=0, "
-            "or extract them"
+            + "--set feature_attention=none, " * attends
+            + "or extract them"
         )
     if config.feature_weight == 0:
-        return None
+        return ()
     if not cache.manifest.taps:
         raise RunError(
             f"{cache.path} holds no features; train with --feature-weight 0, or extract them"
         )
-    return cache.manifest.taps[0]
+    taps = tuple(cache.tap(name) for name in config.feature_taps or cache.taps)
+    if config.tap_weights and len(config.tap_weights) != len(taps):
+        raise RunError(
+            f"tap_weights holds {len(config.tap_weights)} values, the feature loss is of {len(taps)} taps "
+            f"({', '.join(tap.name for tap in taps)}): give one for each"
+        )
+    tap_points(taps, cache.manifest.size_px, config.student_tap)
+    return taps
 
 
 def check_processes(run: Run, state: State) -> None:
@@ -253,35 +266,44 @@ def check_processes(run: Run, state: State) -> None:
 
 
 def build(run: Run, encoder_weights: str) -> State:
-    """Student, projection and optimiser at their seeded start.
-
-    The projection is drawn after the student, so the feature weight does not move its start.
-    """
-    config, device = run.config, run.device
-    torch.manual_seed(config.seed)
-    student = build_student(
-        config.student_encoder, encoder_weights, config.student_tap, config.trained_levels
-    ).to(device)
-    projection = None
-    if run.tap is not None:
-        projection = _build_projection(run, student, run.tap).to(device)
-    return untrained_state(student, projection, config, device, run.processes.count)
-
-
-def _build_projection(run: Run, student: Student, tap: TapSpec) -> Projection:
-    channels, height, width = tap.shape
-    grid = run.cache.manifest.size_px // TAP_STRIDE
-    if (height, width) != (grid, grid):
-        raise RunError(
-            f"tap {tap.name} is {channels}×{height}×{width} in this cache, the student's tap is "
-            f"{student.tap_channels}×{grid}×{grid} (stride {TAP_STRIDE}); extract a tap of that "
-            "grid, or train with --feature-weight 0"
-        )
-    projection = Projection(student.tap_channels, run.config.projection_hidden_dim, channels)
-    if run.config.standardise_features:
+    """Student, projections and optimiser at their seeded start."""
+    torch.manual_seed(run.config.seed)
+    state = new_state(
+        run.cache, run.config, run.taps, encoder_weights, run.device, run.processes.count
+    )
+    if run.config.standardise_features and state.projections is not None:
         rows = run.epoch(0)[:_STANDARDISE_ROWS]
-        projection.standardise(run.cache.decode_features(row, tap) for row in rows)
-    return projection
+        for tap in run.taps:
+            projection = state.projections.by_tap[tap.name]
+            projection.standardise(run.cache.decode_features(row, tap) for row in rows)
+    return state
+
+
+def new_state(
+    cache: Cache,
+    config: TrainConfig,
+    taps: Sequence[TapSpec],
+    encoder_weights: str,
+    device: str,
+    processes: int = 1,
+) -> State:
+    """Student, projections and optimiser at their start, drawn from torch's global generator.
+
+    The projections are drawn after the student, so the feature weight does not move its start.
+    """
+    points = tap_points(taps, cache.manifest.size_px, config.student_tap) if taps else ()
+    student = build_student(
+        config.student_encoder, encoder_weights, points, config.trained_levels
+    ).to(device)
+    projections = None
+    if taps:
+        of_taps = {
+            tap.name: Projection(channels, config.projection_hidden_dim, tap.shape[0])
+            for tap, channels in zip(taps, student.tap_channels, strict=True)
+        }
+        learned = config.layer_weights == "learned"
+        projections = Projections(of_taps, config.tap_shares(len(taps)), learned).to(device)
+    return untrained_state(student, projections, config, device, processes)
 
 
 def say_reach(run: Run, state: State) -> None:
@@ -289,17 +311,32 @@ def say_reach(run: Run, state: State) -> None:
     if not run.processes.leads:
         return
     (batch,) = read_batches(
-        run.cache, [_probe_rows(run)], run.device, run.taps, logits=run.uses_logits
+        run.cache, [_probe_rows(run)], run.device, run.tap_names, logits=run.config.uses_logits
     )
     with device_memory("back-propagating the first batch", "lower --batch-size"):
-        reach = find_reach(Trainee(state.student, state.projection), batch, run.config)
+        reach = find_reach(Trainee(state.student, state.projections), batch, run.config)
     log.info("%s", reach_text(reach, run.config))
-    if "feature" in reach and not reaches_student(reach, "feature"):
+    lost = {
+        tap: point.stride
+        for tap, point in zip(run.tap_names, state.student.points, strict=True)
+        if point.part == "encoder"
+        and not reaches_student(reach, "feature" if len(run.taps) == 1 else of_tap(tap))
+    }
+    if lost:
         log.warning(
-            "feature_weight = %g, but the feature loss trains only the projection, which is not part "
-            "of the student: --set student_tap=decoder or --set train_encoder=last:3 let it reach it",
+            "feature_weight = %g, but the feature loss%s trains only the projection, which is not part "
+            "of the student: %s let it reach it",
             run.config.feature_weight,
+            "" if len(run.taps) == 1 else f" of {', '.join(lost)}",
+            _ways_to_reach(lost.values()),
         )
+
+
+def _ways_to_reach(strides: Collection[int]) -> str:
+    """Settings with which the feature loss at these strides of the encoder trains something else."""
+    levels = ENCODER_LEVELS + 1 - LEVELS[min(strides)]
+    ways = ["--set student_tap=decoder"] * (set(strides) <= set(STRIDES["decoder"]))
+    return " or ".join([*ways, f"--set train_encoder=last:{levels}"])
 
 
 def _probe_rows(run: Run) -> list[int]:

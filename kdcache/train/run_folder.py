@@ -1,7 +1,7 @@
 """What a run keeps on disk, and how it goes on after a stop.
 
 RUN/config.toml            resolved settings, read back by --config
-RUN/run.json               the cache, the commits seen, the tap, versions
+RUN/run.json               the cache, the commits seen, the taps, versions
 RUN/metrics.jsonl          one line an epoch
 RUN/checkpoints/last.pt    everything a resume needs; best.pt the same of the best epoch
 RUN/student_best.safetensors  RUN/student_last.safetensors
@@ -29,11 +29,12 @@ import kdcache
 from kdcache.cache.format import read_root
 from kdcache.cache.layout import TapSpec
 from kdcache.cache.reader import Cache
-from kdcache.config import StudentTap, TrainConfig, load
+from kdcache.config import TrainConfig, load
 from kdcache.durable import TEMPORARY_SUFFIX, lock, write_atomic
 from kdcache.errors import RunError
 from kdcache.places import Place
-from kdcache.train.student import Projection, Student
+from kdcache.train.projection import Projection, Projections
+from kdcache.train.student import Student, TapPoint
 from kdcache.train.weights import read_student, save_student
 
 log = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ log = logging.getLogger(__name__)
 # What `start_run` makes before run.json: all that a stop in between leaves.
 _BEFORE_RUN = {"checkpoints", "visualizations", "logs", "config.toml"}
 
-_RECORD = ("cache", "fingerprint", "commits", "tap", "versions")
+_RECORD = ("cache", "fingerprint", "commits", "taps", "versions")
 
 
 @dataclass(kw_only=True)
@@ -49,7 +50,7 @@ class State:
     """All that changes while training."""
 
     student: Student
-    projection: Projection | None
+    projections: Projections | None
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     history: list[dict[str, Any]] = field(default_factory=list)  # metrics of each finished epoch
@@ -155,7 +156,7 @@ def check_cache(
 
 
 def start_run(
-    run: Path, config: TrainConfig, cache: Cache, tap: TapSpec | None, state: State
+    run: Path, config: TrainConfig, cache: Cache, taps: Sequence[TapSpec], state: State
 ) -> None:
     """Lay out the folder with the untrained state; `run.json` comes last and makes it a run."""
     for name in ("checkpoints", "visualizations", "logs"):
@@ -166,7 +167,10 @@ def start_run(
         "cache": str(cache.path),
         "fingerprint": dict(cache.manifest.fingerprint),
         "commits": {str(commit.shard): commit.sha256 for commit in cache.commits},
-        "tap": tap.name if tap else None,
+        "taps": [
+            {"name": tap.name, "student_tap": point.part, "stride": point.stride}
+            for tap, point in zip(taps, state.student.points, strict=True)
+        ],
         "versions": {"kdcache": kdcache.__version__, "torch": torch.__version__},
     }
     write_atomic(run / "run.json", json.dumps(record, indent=1).encode())
@@ -222,7 +226,7 @@ def save_epoch(run: Path, state: State, config: TrainConfig, cache: Cache) -> No
 def _save_checkpoint(path: Path, state: State) -> None:
     content = {
         "student": state.student.unet.state_dict(),
-        "projection": state.projection.state_dict() if state.projection is not None else None,
+        "projections": state.projections.state_dict() if state.projections is not None else None,
         "optimizer": state.optimizer.state_dict(),
         "scaler": state.scaler.state_dict(),
         "history": state.history,
@@ -248,8 +252,8 @@ def restore(run: Path, state: State) -> None:
     content = read_checkpoint(path)
     try:
         state.student.unet.load_state_dict(content["student"])
-        if state.projection is not None:
-            state.projection.load_state_dict(content["projection"])
+        if state.projections is not None:
+            state.projections.load_state_dict(content["projections"])
         state.optimizer.load_state_dict(content["optimizer"])
         state.scaler.load_state_dict(content["scaler"])
         state.history[:] = content["history"]
@@ -282,7 +286,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def read_record(run: Path) -> dict[str, Any]:
-    """What a run was started from: cache, fingerprint, shards, tap, versions."""
+    """What a run was started from: cache, fingerprint, shards, taps, versions."""
     try:
         record: dict[str, Any] = json.loads((run / "run.json").read_text())
         missing = [name for name in _RECORD if name not in record]
@@ -302,46 +306,55 @@ def read_config(run: Path) -> TrainConfig:
     return load(TrainConfig, str(run / "config.toml"))
 
 
-def read_best_student(run: Path, with_tap: bool = False) -> tuple[Student, dict[str, Any]]:
+def read_best_student(run: Path, with_taps: bool = False) -> tuple[Student, dict[str, Any]]:
     """The best student of a run and its metadata, in eval mode on the CPU.
 
-    `with_tap` puts the tap where the run had it, for its projection.
+    `with_taps` lets it give the feature maps that the run's projections take.
     """
-    tap = read_config(run).student_tap if with_tap else "encoder"
-    return saved_student(run / "student_best.safetensors", tap)
+    taps = read_record(run)["taps"] if with_taps else []
+    points = [TapPoint(tap["student_tap"], tap["stride"]) for tap in taps]
+    return saved_student(run / "student_best.safetensors", points)
 
 
-def saved_student(path: Path, tap: StudentTap = "encoder") -> tuple[Student, dict[str, Any]]:
+def saved_student(path: Path, points: Sequence[TapPoint] = ()) -> tuple[Student, dict[str, Any]]:
     """The student in a .safetensors file and its metadata, in eval mode on the CPU."""
     tensors, metadata = read_student(path)
-    student = Student(metadata["encoder"], tap)
+    student = Student(metadata["encoder"], points)
     student.unet.load_state_dict(tensors)
     return student.eval(), metadata
 
 
-def read_best_projection(run: Path, student: Student) -> Projection | None:
-    """The projection of the best epoch, None when the run trained without features."""
-    weights = read_checkpoint(run / "checkpoints" / "best.pt")["projection"]
+def read_best_projections(run: Path, student: Student) -> Projections | None:
+    """The projections of the best epoch, None when the run trained without features.
+
+    `student` is the run's best, with taps.
+    """
+    weights = read_checkpoint(run / "checkpoints" / "best.pt")["projections"]
     if weights is None:
         return None
-    hidden, target_channels = weights["0.weight"].shape[0], weights["3.weight"].shape[0]
-    projection = Projection(student.tap_channels, hidden, target_channels)
+    names = [tap["name"] for tap in read_record(run)["taps"]]
     try:
-        projection.load_state_dict(weights)
-    except RuntimeError as error:
+        of_taps = {}
+        for n, (name, channels) in enumerate(zip(names, student.tap_channels, strict=True)):
+            hidden, target = (len(weights[f"each.{n}.{layer}.weight"]) for layer in (0, 3))
+            of_taps[name] = Projection(channels, hidden, target)
+        projections = Projections(of_taps, weights["shares"].tolist(), "departure" in weights)
+        projections.load_state_dict(weights)
+    except (KeyError, RuntimeError) as error:
         raise RunError(
-            f"{run}: the projection in checkpoints/best.pt is for another student than the one beside it; "
-            "one of its files is another run's: put its own back"
+            f"{run}: the projections in checkpoints/best.pt are for another student than the one beside "
+            "them; one of its files is another run's: put its own back"
         ) from error
-    return projection.eval()
+    return projections.eval()
 
 
 def start_from(run: Path, state: State) -> None:
-    """Begin with the best weights of another run, its projection too where it fits.
+    """Begin with the best weights of another run, and with its projections to the same taps.
 
-    Raises RunError when that run's student is another network.
+    What each tap counts starts as this run's settings say. Raises RunError when that run's student
+    is another network.
     """
-    other, metadata = read_best_student(run, with_tap=True)
+    other, metadata = read_best_student(run, with_taps=True)
     ours, theirs = state.student.unet.state_dict(), other.unet.state_dict()
     if {k: v.shape for k, v in ours.items()} != {k: v.shape for k, v in theirs.items()}:
         raise RunError(
@@ -349,13 +362,21 @@ def start_from(run: Path, state: State) -> None:
             "student is another network; set student_encoder to that"
         )
     state.student.unet.load_state_dict(theirs)
-    projection = read_best_projection(run, other)
-    if state.projection is None or projection is None:
+    found = read_best_projections(run, other)
+    if state.projections is None or found is None:
         return
-    own, weights = state.projection.state_dict(), projection.state_dict()
-    if all(own[name].shape == tensor.shape for name, tensor in weights.items()):
-        # the target stays this run's own: the other may not have standardised it
-        target = {name: tensor for name, tensor in own.items() if name.startswith("target_")}
-        state.projection.load_state_dict(weights | target)
-    else:
-        log.warning("--init-from %s: its projection has another shape; ours starts afresh", run)
+    for tap, projection in state.projections.by_tap.items():
+        own = projection.state_dict()
+        weights = found.by_tap[tap].state_dict() if tap in found.taps else {}
+        if not weights:
+            log.warning("--init-from %s: it has no projection to %s; ours starts afresh", run, tap)
+        elif any(own[name].shape != tensor.shape for name, tensor in weights.items()):
+            log.warning(
+                "--init-from %s: its projection to %s has another shape; ours starts afresh",
+                run,
+                tap,
+            )
+        else:
+            # the target stays this run's own: the other may not have standardised it
+            target = {name: tensor for name, tensor in own.items() if name.startswith("target_")}
+            projection.load_state_dict(weights | target)

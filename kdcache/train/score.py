@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,12 +11,14 @@ import torch
 from torch import Tensor
 
 from kdcache.cache.format import RowKey
+from kdcache.cache.layout import plain
 from kdcache.cache.reader import Cache
 from kdcache.config import TrainConfig
 from kdcache.train import losses
 from kdcache.train.loader import Batch, chunked, read_batches
 from kdcache.train.metrics import Compared, agreement, compare, mean, pooled_iou
-from kdcache.train.student import Projection, StudentOutput
+from kdcache.train.projection import Projections, feature_losses
+from kdcache.train.student import StudentOutput
 
 _LOSSES = ("kl", "mse", "bce", "dice", "feature_loss")
 
@@ -44,31 +47,30 @@ def score_images(
     rows: Sequence[int],
     config: TrainConfig,
     *,
-    projection: Projection | None = None,
-    tap: str | None = None,
+    projections: Projections | None = None,
     temperature: float,
     device: str | torch.device,
 ) -> Iterator[Scored]:
     """Scores of each row, one after the other, so that no batch size has an influence.
 
-    `network` takes ImageNet-normalised pixels and gives logits, and with a `projection` the
-    feature map that it projected, which is compared with the features of `tap`.
+    `network` takes ImageNet-normalised pixels and gives logits, and with `projections` the feature
+    maps that those made, which are compared with the features of their taps.
     """
-    taps = [tap] if tap is not None and projection is not None else []
+    taps = () if projections is None else projections.taps
     for batch in read_batches(cache, chunked(rows, config.batch_size), device, taps):
-        yield from scored(batch, network(batch.image), projection, config, temperature)
+        yield from scored(batch, network(batch.image), projections, config, temperature)
 
 
 def scored(
     batch: Batch,
     output: StudentOutput,
-    projection: Projection | None,
+    projections: Projections | None,
     config: TrainConfig,
     temperature: float,
 ) -> list[Scored]:
     """The scores of each image of a batch, from what a student made of it."""
     images = range(len(batch.keys))
-    return [_scored(batch, n, output, projection, config, temperature) for n in images]
+    return [_scored(batch, n, output, projections, config, temperature) for n in images]
 
 
 def summary(images: Sequence[Scored]) -> dict[str, float | None]:
@@ -76,7 +78,8 @@ def summary(images: Sequence[Scored]) -> dict[str, float | None]:
     of_student = [one.student for one in images if one.student is not None]
     of_teacher = [one.teacher for one in images if one.teacher is not None]
     seen = sum(one.seen_pixels for one in images)
-    values = {name: [one.losses[name] for one in images if name in one.losses] for name in _LOSSES}
+    names = loss_names(images)
+    values = {name: [one.losses[name] for one in images if name in one.losses] for name in names}
     return {
         "student_miou": mean([one.miou for one in of_student]),
         "teacher_miou": mean([one.miou for one in of_teacher]),
@@ -89,23 +92,37 @@ def summary(images: Sequence[Scored]) -> dict[str, float | None]:
     }
 
 
+def loss_names(images: Sequence[Scored]) -> list[str]:
+    """The losses that images may have, then those of single taps that some have."""
+    return list(dict.fromkeys([*_LOSSES, *(name for one in images for name in one.losses)]))
+
+
 def _scored(
     batch: Batch,
     n: int,
     output: StudentOutput,
-    projection: Projection | None,
+    projections: Projections | None,
     config: TrainConfig,
     temperature: float,
 ) -> Scored:
     ours, mask = output.logits[n].float(), batch.mask[n]
     theirs = None if batch.logits is None else batch.logits[n]
     found = _losses(ours, theirs, mask, config, temperature)
-    if projection is not None:
-        feature_loss = losses.FEATURE_LOSSES[config.feature_loss]
-        (features,) = batch.features.values()
-        target = projection.standardised(features[n : n + 1])
-        projected = output.feature[n : n + 1]
-        found["feature_loss"] = float(feature_loss(projected, target, batch.mask[n : n + 1]))
+    if projections is not None:
+        one = slice(n, n + 1)
+        row = dataclasses.replace(
+            batch,
+            image=batch.image[one],
+            mask=batch.mask[one],
+            logits=None if batch.logits is None else batch.logits[one],
+            features={tap: batch.features[tap][one] for tap in projections.taps},
+            keys=batch.keys[one],
+            encoded=None,
+        )
+        of_taps = feature_losses([f[one] for f in output.features], projections, row, config)
+        found["feature_loss"] = float(projections.total(of_taps))
+        if len(of_taps) > 1:
+            found |= {f"feature_loss_{plain(tap)}": float(loss) for tap, loss in of_taps.items()}
     equal, seen = (0, 0) if theirs is None else agreement(ours, theirs, mask)
     return Scored(
         key=batch.keys[n],

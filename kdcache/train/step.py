@@ -11,42 +11,44 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kdcache.config import TrainConfig
+from kdcache.cache.layout import plain
+from kdcache.config import LOSSES, TrainConfig
 from kdcache.errors import RunError
 from kdcache.train import losses
 from kdcache.train.loader import Batch
 from kdcache.train.parallel import Processes
+from kdcache.train.projection import Projections, feature_losses
 from kdcache.train.run_folder import State
-from kdcache.train.student import Projection, Student, StudentOutput
+from kdcache.train.student import Student, StudentOutput
 
 _COMPILER = "inductor"
 
 
 class Trainee(nn.Module):
-    """Student and projection as one module: pixels to logits and the projected feature map."""
+    """Student and projections as one module: pixels to logits and the projected feature maps."""
 
-    def __init__(self, student: Student, projection: Projection | None) -> None:
+    def __init__(self, student: Student, projections: Projections | None) -> None:
         super().__init__()
-        self.student, self.projection = student, projection
+        self.student, self.projections = student, projections
 
     def forward(
         self,
         pixels_NCHW: Tensor,
-        positions: Tensor | None = None,
+        positions: Sequence[Tensor | None] | None = None,
         encoded: Sequence[Tensor] | None = None,
     ) -> StudentOutput:
-        """The projection is of some `positions` of its map only, where those are given; `encoded`
-        are the encoder's features of the pixels, where they were computed before."""
-        logits, feature = self.student(pixels_NCHW, encoded)
-        if self.projection is not None:
-            feature = self.projection(losses.at(feature, positions))
-        return StudentOutput(logits, feature)
+        """The projections are of some `positions` of their maps only, where those are given;
+        `encoded` are the encoder's features of the pixels, where they were computed before."""
+        logits, features = self.student(pixels_NCHW, encoded)
+        if self.projections is not None:
+            features = self.projections(features, positions)
+        return StudentOutput(logits, features)
 
 
 def trained_model(state: State, config: TrainConfig, processes: Processes) -> nn.Module:
     """The Trainee of a state as `take_step` runs it: compiled where asked to, joined to the other
     processes'."""
-    trainee = Trainee(state.student, state.projection)
+    trainee = Trainee(state.student, state.projections)
     if config.compile:
         # dynamic=False: else a resumed run, which meets other shapes first, would run other kernels
         trainee.compile(backend=_COMPILER, dynamic=False)
@@ -68,13 +70,13 @@ def check_compiler(device: str) -> None:
 
 
 def build_optimizer(
-    student: Student, projection: Projection | None, config: TrainConfig
+    student: Student, projections: Projections | None, config: TrainConfig
 ) -> torch.optim.AdamW:
-    """AdamW over the decoder and head, the trained part of the encoder, and the projection."""
+    """AdamW over the decoder and head, the trained part of the encoder, and the projections."""
     encoder = [p for p in student.unet.encoder.parameters() if p.requires_grad]
     rest = [*student.unet.decoder.parameters(), *student.unet.segmentation_head.parameters()]
     groups = [(rest, 1.0), (encoder, config.encoder_lr_factor)]
-    groups += [(list(projection.parameters()), 1.0)] if projection is not None else []
+    groups += [(list(projections.parameters()), 1.0)] if projections is not None else []
     return torch.optim.AdamW(
         [
             {"params": parameters, "lr_factor": factor}
@@ -88,7 +90,7 @@ def build_optimizer(
 
 def untrained_state(
     student: Student,
-    projection: Projection | None,
+    projections: Projections | None,
     config: TrainConfig,
     device: str,
     processes: int = 1,
@@ -99,8 +101,8 @@ def untrained_state(
     scaled = half_dtype(config, place) == torch.float16
     return State(
         student=student,
-        projection=projection,
-        optimizer=build_optimizer(student, projection, config),
+        projections=projections,
+        optimizer=build_optimizer(student, projections, config),
         scaler=torch.amp.GradScaler(place.type, enabled=scaled),
         processes=processes,
     )
@@ -124,15 +126,16 @@ def half_dtype(config: TrainConfig, device: torch.device) -> torch.dtype | None:
 
 def all_losses(
     output: StudentOutput,
-    projection: Projection | None,
+    projections: Projections | None,
     batch: Batch,
     config: TrainConfig,
     temperature: float,
     per: losses.Counts | None = None,
-    positions: Tensor | None = None,
+    positions: Sequence[Tensor | None] | None = None,
 ) -> dict[str, Tensor]:
     """Each loss by the name of its weight: bce, dice, with teacher logits kl and mse before them,
-    with a projection feature."""
+    with projections feature. Where those are several, the feature loss of each is there beside it.
+    """
     logits, teacher, mask = output.logits, batch.logits, batch.mask
     values: dict[str, Tensor] = {}
     if teacher is not None:
@@ -142,19 +145,30 @@ def all_losses(
         values["mse"] = losses.mse(logits, teacher, mask, per)
     values["bce"] = losses.bce(logits, mask, per)
     values["dice"] = losses.dice(logits, mask, per)
-    if projection is not None:
-        (target,) = batch.features.values()
-        loss = losses.FEATURE_LOSSES[config.feature_loss]
-        target = projection.standardised(target)
-        values["feature"] = loss(output.feature, target, mask, per, positions)
+    if projections is not None:
+        of_taps = feature_losses(output.features, projections, batch, config, per, positions)
+        values["feature"] = projections.total(of_taps)
+        if projections.departure is not None:
+            # as the losses: the parts of a step add up to what the whole of it costs
+            part = 1 if per is None else len(mask) / per.images
+            cost = config.layer_regularisation * part * projections.divergence()
+            values["feature"] = values["feature"] + cost
+        if len(of_taps) > 1:
+            values |= {of_tap(tap): loss for tap, loss in of_taps.items()}
     return values
 
 
+def of_tap(tap: str) -> str:
+    """The name of the feature loss of one of several taps."""
+    return f"feature_{plain(tap)}"
+
+
 def weighted(values: dict[str, Tensor], config: TrainConfig) -> Tensor:
-    """The total that is minimised."""
+    """The total that is minimised; parts of a loss are left out."""
     total = torch.zeros((), device=next(iter(values.values())).device)
     for name, loss in values.items():
-        total = total + getattr(config, f"{name}_weight") * loss
+        if name in LOSSES:
+            total = total + getattr(config, f"{name}_weight") * loss
     return total
 
 
@@ -186,13 +200,14 @@ def take_step(
     """
     per, counts = _counts(batches, processes)
     state.optimizer.zero_grad(set_to_none=True)
+    taps = () if state.projections is None else state.projections.taps
     found = []
     for number, batch in enumerate(batches, 1):
         with _exchanging(model, number == len(batches)):
-            positions = _positions(batch, config)
+            positions = _positions(batch, taps, config)
             output = forward(model, batch, config, positions)
             values = all_losses(
-                output, state.projection, batch, config, temperature, per, positions
+                output, state.projections, batch, config, temperature, per, positions
             )
             total = weighted(values, config)
             state.scaler.scale(total).backward()  # type: ignore[no-untyped-call]
@@ -227,7 +242,7 @@ def read(steps: Sequence[Taken]) -> Iterator[dict[str, float]]:
                     raise RunError(f"loss {name} is {value} on samples {samples}")
         means = dict(zip(step.names, numbers, strict=False))
         images, labelled_images = next(numbers), next(numbers)
-        for name, norm in zip(("student", "projection")[: len(step.norms)], numbers, strict=False):
+        for name, norm in zip(("student", "projections")[: len(step.norms)], numbers, strict=False):
             if not math.isfinite(norm):
                 raise RunError(f"the gradient of the {name} is not finite ({norm})")
         yield means | {
@@ -237,20 +252,27 @@ def read(steps: Sequence[Taken]) -> Iterator[dict[str, float]]:
         }
 
 
-def _positions(batch: Batch, config: TrainConfig) -> Tensor | None:
-    """Positions of the target's grid that are drawn for this batch, from torch's generator."""
-    if not config.feature_positions or not batch.features:
+def _positions(
+    batch: Batch, taps: Sequence[str], config: TrainConfig
+) -> tuple[Tensor | None, ...] | None:
+    """Positions of each tap's grid that are drawn for this batch, from torch's generator."""
+    if not config.feature_positions:
         return None
-    (target,) = batch.features.values()
-    everywhere = target.shape[-2] * target.shape[-1]
-    if config.feature_positions >= everywhere:
+    return tuple(_drawn(batch.features[tap], config.feature_positions) for tap in taps)
+
+
+def _drawn(target_NCHW: Tensor, positions: int) -> Tensor | None:
+    everywhere = target_NCHW.shape[-2] * target_NCHW.shape[-1]
+    if positions >= everywhere:
         return None
-    drawn = torch.randperm(everywhere)[: config.feature_positions]
-    return drawn.to(target.device, non_blocking=True)
+    return torch.randperm(everywhere)[:positions].to(target_NCHW.device, non_blocking=True)
 
 
 def forward(
-    model: nn.Module, batch: Batch, config: TrainConfig, positions: Tensor | None = None
+    model: nn.Module,
+    batch: Batch,
+    config: TrainConfig,
+    positions: Sequence[Tensor | None] | None = None,
 ) -> StudentOutput:
     """A Trainee's output for a batch, in half precision where the settings ask for it."""
     with autocast(config, batch.image.device):
@@ -259,14 +281,15 @@ def forward(
         except ValueError as error:  # torch's BatchNorm, of a 1×1 map of a single image
             if "more than 1 value per channel" not in str(error):
                 raise
-            if positions is not None:
+            if any(some is not None for some in positions or ()):
                 raise RunError(
-                    f"BatchNorm of the projection has {len(positions)} positions of {len(batch.keys)} "
-                    "image to learn from: raise feature_positions, or the batch size"
+                    f"BatchNorm of a projection has {config.feature_positions} positions of "
+                    f"{len(batch.keys)} image to learn from: raise feature_positions, or the batch size"
                 ) from error
             raise RunError(
                 f"BatchNorm has one value a channel on a batch of {len(batch.keys)} at this input "
-                "size: train with train_encoder = none, or on a cache of a larger --size"
+                "size: train with train_encoder = none and without taps of a 1×1 grid, or on a cache of "
+                "a larger --size"
             ) from error
     return output
 
@@ -274,12 +297,12 @@ def forward(
 def _clip(state: State, config: TrainConfig) -> Tensor:
     """Limit the norms of the gradients; returns what they were.
 
-    Student and projection are clipped apart: a joint norm would let the feature weight leak into
+    Student and projections are clipped apart: a joint norm would let the feature weight leak into
     the student's step.
     """
     state.scaler.unscale_(state.optimizer)
     norms = []
-    for module in (state.student, state.projection):
+    for module in (state.student, state.projections):
         if module is not None:
             trained = [p for p in module.parameters() if p.requires_grad]
             norms.append(nn.utils.clip_grad_norm_(trained, config.grad_clip or math.inf))

@@ -1,42 +1,88 @@
-"""The student UNet with its tap, and the projection from the tap to the detector's channels."""
+"""The student UNet, and where in it the projections to the detector's features begin."""
 
 from __future__ import annotations
 
+import functools
 import os
 import socket
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 from urllib.parse import urlsplit
 
-import numpy as np
 import segmentation_models_pytorch as smp
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
+from kdcache.cache.layout import TapSpec
 from kdcache.config import ENCODER_LEVELS, StudentTap
 from kdcache.devices import present
-from kdcache.errors import ModelError, ProviderError, nearest
+from kdcache.errors import ModelError, ProviderError, RunError, nearest
 from kdcache.train.weights import load_encoder_file
 
-# smp gives every encoder a feature n at stride 2^n; the third of EfficientNet-B0 is 40×80×80 at
-# 640, the grid of YOLOv9-E's layer 34. The decoder is back at that grid after its second block.
-TAP_LEVEL = 3
-TAP_STRIDE = 2**TAP_LEVEL
-DECODER_TAP_BLOCK = 1
+# smp's encoders give feature n at stride 2^n, the first being the pixels; a decoder block halves
+# the stride of what comes from the last.
+LEVELS = {2**level: level for level in range(1, ENCODER_LEVELS + 1)}
+_BLOCKS = {2 ** (ENCODER_LEVELS - 1 - block): block for block in range(ENCODER_LEVELS)}
+STRIDES: dict[StudentTap, tuple[int, ...]] = {
+    "encoder": tuple(sorted(LEVELS)),
+    "decoder": tuple(sorted(_BLOCKS)),
+}
+
+
+class TapPoint(NamedTuple):
+    """A feature map of the student: of the encoder, or behind a decoder block, at a stride in px."""
+
+    part: StudentTap
+    stride: int
+
+
+def tap_points(
+    taps: Sequence[TapSpec], size_px: int, student_tap: StudentTap | Sequence[StudentTap]
+) -> tuple[TapPoint, ...]:
+    """Where the student has the grid of each of the detector's taps, in a cache of this input size.
+
+    `student_tap` is the part for all taps, or one part for each. Raises RunError where that part
+    has no such stride.
+    """
+    names = ", ".join(tap.name for tap in taps)
+    parts = [student_tap] * len(taps) if isinstance(student_tap, str) else list(student_tap)
+    if taps and len(parts) != len(taps):
+        raise RunError(
+            f"student_tap names {len(parts)} parts, the feature loss is of {len(taps)} taps ({names}): "
+            "give one part for each of them, or a single one for all"
+        )
+    return tuple(_tap_point(tap, size_px, part) for tap, part in zip(taps, parts, strict=True))
+
+
+def _tap_point(tap: TapSpec, size_px: int, part: StudentTap) -> TapPoint:
+    channels, height, width = tap.shape
+    stride = size_px / height
+    if height == width and stride in STRIDES[part]:
+        return TapPoint(part, int(stride))
+    other: StudentTap = "decoder" if part == "encoder" else "encoder"
+    way_out = "leave it out with --set feature_taps=…, or train with --feature-weight 0"
+    if height == width and stride in STRIDES[other]:
+        way_out = f"set student_tap of this tap to {other}, or {way_out}"
+    raise RunError(
+        f"tap {tap.name} is {channels}×{height}×{width} in this cache, stride {stride:g} of {size_px} "
+        f"px; the student's {part} has square maps at the strides "
+        f"{', '.join(map(str, STRIDES[part]))}: {way_out}"
+    )
 
 
 class StudentOutput(NamedTuple):
-    """logits (N, 1, H, W) and the tapped feature map (N, C, h, w)."""
+    """logits (N, 1, H, W), and for each tap the feature map (N, C, h, w) of the student there."""
 
     logits: torch.Tensor
-    feature: torch.Tensor
+    features: tuple[torch.Tensor, ...]
 
 
 class Student(nn.Module):
-    """An `smp.Unet` with a tap, whose encoder is frozen but for its last `trained_levels` levels.
+    """An `smp.Unet` that also gives its features at some `points`.
+
+    Its encoder is frozen but for its last `trained_levels` levels.
 
     What is frozen has no gradients, and its BatchNorm statistics never move. A level is what
     computes one of the encoder's five features from the one before.
@@ -44,13 +90,16 @@ class Student(nn.Module):
 
     unet: Any  # smp is untyped
 
-    def __init__(self, encoder: str, tap: StudentTap = "encoder", trained_levels: int = 0) -> None:
+    def __init__(
+        self, encoder: str, points: Sequence[TapPoint] = (), trained_levels: int = 0
+    ) -> None:
         super().__init__()
         self.unet = _unet(encoder)
-        self._tap = tap
-        self._tapped: torch.Tensor | None = None
-        if tap == "decoder":
-            self.unet.decoder.blocks[DECODER_TAP_BLOCK].register_forward_hook(self._keep)
+        self.points = tuple(points)
+        self._behind_blocks: dict[int, torch.Tensor] = {}  # of one pass, by the stride
+        for stride in sorted({point.stride for point in points if point.part == "decoder"}):
+            block = self.unet.decoder.blocks[_BLOCKS[stride]]
+            block.register_forward_hook(functools.partial(self._keep, stride))
         trained = _parameters_of_last_levels(self.unet.encoder, trained_levels)
         self.unet.encoder.requires_grad_(False)
         for parameter in trained:
@@ -59,10 +108,22 @@ class Student(nn.Module):
         self.train()
 
     @property
-    def tap_channels(self) -> int:
-        if self._tap == "decoder":
-            return int(self.unet.decoder.blocks[DECODER_TAP_BLOCK].conv2[0].out_channels)
-        return int(self.unet.encoder.out_channels[TAP_LEVEL])
+    def tap_channels(self) -> tuple[int, ...]:
+        """Channels of the feature map at each point; raises RunError where the encoder has none."""
+        return tuple(self._channels(point) for point in self.points)
+
+    def _channels(self, point: TapPoint) -> int:
+        if point.part == "decoder":
+            return int(self.unet.decoder.blocks[_BLOCKS[point.stride]].conv2[0].out_channels)
+        of_levels = self.unet.encoder.out_channels
+        if not of_levels[LEVELS[point.stride]]:  # as smp says that there is nothing at stride 2
+            strides = [str(stride) for stride, level in LEVELS.items() if of_levels[level]]
+            raise RunError(
+                f"this student_encoder has no feature at stride {point.stride}, only at "
+                f"{', '.join(strides)}: set student_tap of that tap to decoder, or leave the tap out "
+                "with --set feature_taps=…"
+            )
+        return int(of_levels[LEVELS[point.stride]])
 
     def train(self, mode: bool = True) -> Self:
         """Train mode where parameters are trained: BatchNorm in a frozen level must not learn."""
@@ -75,7 +136,7 @@ class Student(nn.Module):
     def forward(
         self, pixels_NCHW: torch.Tensor, encoded: Sequence[torch.Tensor] | None = None
     ) -> StudentOutput:
-        """ImageNet-normalised pixels (N, 3, H, W) to logits and the tapped feature map.
+        """ImageNet-normalised pixels (N, 3, H, W) to logits and the feature map at each point.
 
         `encoded` is what a frozen encoder has made of them already.
         """
@@ -84,11 +145,15 @@ class Student(nn.Module):
             with torch.set_grad_enabled(torch.is_grad_enabled() and self._encoder_is_trained):
                 features = self.unet.encoder(pixels_NCHW)
         logits = self.unet.segmentation_head(self.unet.decoder(features))
-        tapped, self._tapped = self._tapped, None
-        return StudentOutput(logits, features[TAP_LEVEL] if tapped is None else tapped)
+        behind_blocks, self._behind_blocks = self._behind_blocks, {}
+        tapped = (
+            features[LEVELS[stride]] if part == "encoder" else behind_blocks[stride]
+            for part, stride in self.points
+        )
+        return StudentOutput(logits, tuple(tapped))
 
-    def _keep(self, block: nn.Module, inputs: Any, output: torch.Tensor) -> None:
-        self._tapped = output
+    def _keep(self, stride: int, block: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        self._behind_blocks[stride] = output
 
 
 def _parameters_of_last_levels(encoder: Any, levels: int) -> list[nn.Parameter]:
@@ -125,52 +190,15 @@ def _train_where_trained(module: nn.Module) -> None:
         _train_where_trained(child)
 
 
-class Projection(nn.Sequential):
-    """Tap channels to detector channels, 1×1; trained beside the student and never exported."""
-
-    target_mean: torch.Tensor
-    target_std: torch.Tensor
-
-    def __init__(self, channels: int, hidden: int, target_channels: int) -> None:
-        super().__init__(
-            nn.Conv2d(channels, hidden, 1),
-            nn.BatchNorm2d(hidden),
-            nn.ReLU(),
-            nn.Conv2d(hidden, target_channels, 1),
-        )
-        # of the detector's channels, when the target is standardised; in the state for `evaluate`
-        self.register_buffer("target_mean", torch.zeros(target_channels, 1, 1))
-        self.register_buffer("target_std", torch.ones(target_channels, 1, 1))
-
-    def standardise(self, features: Iterable[NDArray[np.float32]]) -> None:
-        """Aim at mean 0 and deviation 1 of each channel, over the given (C, h, w) feature maps."""
-        sums, squares, count = np.zeros(0), np.zeros(0), 0
-        for feature in features:
-            values = feature.reshape(len(feature), -1).astype(np.float64)
-            sums = values.sum(1) + (sums if count else 0)
-            squares = (values**2).sum(1) + (squares if count else 0)
-            count += values.shape[1]
-        mean = sums / count
-        deviation = np.sqrt(np.maximum(squares / count - mean**2, 0))
-        # a channel that never varies has nothing to be scaled by
-        deviation[deviation <= 1e-6 * np.abs(mean)] = 1
-        for buffer, of in ((self.target_mean, mean), (self.target_std, deviation)):
-            buffer.copy_(torch.from_numpy(of)[:, None, None])
-
-    def standardised(self, target_NCHW: torch.Tensor) -> torch.Tensor:
-        """The detector's features as this projection is to give them."""
-        return (target_NCHW - self.target_mean) / self.target_std
-
-
 def build_student(
-    encoder: str, weights: str, tap: StudentTap = "encoder", trained_levels: int = 0
+    encoder: str, weights: str, points: Sequence[TapPoint] = (), trained_levels: int = 0
 ) -> Student:
     """A student whose encoder holds `weights`: a file, `imagenet` (hub cache or hub) or `random`.
 
     Decoder and head are initialised from torch's global generator. Raises ModelError when the
     weights cannot be had or do not fit.
     """
-    student = Student(encoder, tap, trained_levels)
+    student = Student(encoder, points, trained_levels)
     if weights == "random":
         return student
     if weights == "imagenet":

@@ -23,8 +23,8 @@ from kdcache.deploy.trained import PHOTOS, open_student
 from kdcache.errors import CacheError, ModelError, RunError
 from kdcache.imaging import IMAGENET_MEAN, IMAGENET_STD
 from kdcache.pixels import normalised
+from kdcache.train.projection import Projection
 from kdcache.train.run_folder import read_best_student, read_checkpoint
-from kdcache.train.student import Projection
 
 
 def photos(cache, count):
@@ -81,7 +81,7 @@ def test_the_file_says_how_to_feed_it(exported):
 def test_projection_and_tap_are_not_in_the_file(run, exported):
     """Not by name, not by shape, not by value; and adding one is noticed."""
     model, (student, _) = onnx.load(exported.path), read_best_student(run)
-    weights = read_checkpoint(run / "checkpoints/best.pt")["projection"]
+    weights = read_checkpoint(run / "checkpoints/best.pt")["projections"]
     own = student.unet.state_dict()
     values = {name: tensor.numpy() for name, tensor in weights.items() if tensor.numel() > 16}
     for initializer in model.graph.initializer:

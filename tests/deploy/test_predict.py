@@ -37,7 +37,7 @@ def red_is_person(resize="stretch", size=SIZE):
 
     def run(pixels_NCHW):
         red = restored(pixels_NCHW)[..., 0].float()[:, None]
-        return StudentOutput((red - 127.5) / 10, red)
+        return StudentOutput((red - 127.5) / 10, ())
 
     return TrainedStudent(
         path=run,
@@ -45,7 +45,7 @@ def red_is_person(resize="stretch", size=SIZE):
         device="cpu",
         config=TrainConfig(),
         record=None,
-        projection=None,
+        projections=None,
         unet=None,
         run=run,
         takes_photos=None,
@@ -347,18 +347,18 @@ def test_only_the_weights_are_needed_to_predict(run, tmp_path):
     """Not the checkpoint, which holds the projection."""
     shutil.copytree(run, tmp_path / "run")
     shutil.rmtree(tmp_path / "run/checkpoints")
-    assert open_student(tmp_path / "run", "cpu").projection is None
+    assert open_student(tmp_path / "run", "cpu").projections is None
     with pytest.raises(RunError, match=r"best.pt"):
         open_student(tmp_path / "run", "cpu", features=True)
 
 
-def test_another_runs_student_or_settings_are_refused(run, cache, tmp_path):
-    for name in ("students", "settings"):
+def test_another_runs_student_or_record_are_refused(run, cache, tmp_path):
+    for name in ("students", "records"):
         shutil.copytree(run, tmp_path / name)
-    config = (run / "config.toml").read_text().replace('"encoder"', '"decoder"', 1)
-    (tmp_path / "settings/config.toml").write_text(config)
+    record = (run / "run.json").read_text().replace('"encoder"', '"decoder"', 1)
+    (tmp_path / "records/run.json").write_text(record)
     with pytest.raises(RunError, match="another run's"):
-        open_student(tmp_path / "settings", "cpu", features=True)
+        open_student(tmp_path / "records", "cpu", features=True)
     tensors, metadata = read_student(run / "student_best.safetensors")
     other = read_best_student(run)[0].unet
     metadata = {**metadata, "size_px": 96}

@@ -40,6 +40,21 @@ def test_a_toml_table_and_flags_are_the_same_axes():
     assert by_flags["learning_rate"] == Range(low=1e-5, high=1e-3, log=True, whole=False)
 
 
+def test_values_that_are_lists_are_tuples_with_readable_names():
+    axes = parse_axes(['feature_taps=["a"],["a","b"],[]', "tap_weights=[1,3]"])
+    assert axes["feature_taps"] == [("a",), ("a", "b"), ()]
+    assert (
+        parse_axes([], {"feature_taps": [["a"], ["a", "b"], []], "tap_weights": [[1, 3]]}) == axes
+    )
+    assert names({"feature_taps": axes["feature_taps"]}) == [
+        "feature_taps=a",
+        "feature_taps=a+b",
+        "feature_taps=default",
+    ]
+    with pytest.raises(ConfigError, match="tap_weights holds 2 values, feature_taps 1 names"):
+        names(axes)
+
+
 def test_more_draws_begin_with_the_fewer_and_each_has_every_seed():
     axes = parse_axes(["learning_rate=1e-5..1e-3:log", "kl_weight=0..2", "seed=0,1"])
     few, many = names(axes, random=3), names(axes, random=8)

@@ -247,6 +247,24 @@ def test_a_run_is_the_same_whichever_of_its_settings_are_axes(cache, tmp_path):
     assert "mean of 2 seeds" in report.page.read_text()
 
 
+def test_settings_that_are_lists_are_swept_and_kept(cache, tmp_path):
+    (tap,) = cache.taps
+    grid = [f'feature_taps=["{tap}"]', 'student_tap=["encoder"],["decoder"]']
+    reports = [
+        sweep(cache.path, tmp_path / "s", axes, BASE, device="cpu")
+        for axes in (parse_axes(grid), parse_axes(grid), parse_axes(["seed=0"]), {})
+    ]
+    names = [f"feature_taps={tap},student_tap={part}" for part in ("encoder", "decoder")]
+    for report in reports[:2]:
+        assert [run.name for run in report.runs] == names
+    assert [run.values["student_tap"] for run in reports[-1].runs] == [
+        ("encoder",),
+        ("decoder",),
+        "encoder",
+    ]
+    assert not any(report.failed for report in reports)
+
+
 def test_two_runs_of_one_name_are_two_folders(cache, tmp_path):
     out = tmp_path / "s"
     sweep(cache.path, out, {"kl_weight": [0.5]}, BASE, device="cpu")

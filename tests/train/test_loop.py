@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import shutil
 import subprocess
@@ -235,7 +236,7 @@ def test_torchrun_trains_as_one_process_that_accumulates(cache, tmp_path, free_p
     train(cache, tmp_path / "one", epochs=2, batch_size=2, gradient_accumulation=2)
     torch.set_num_threads(threads)
     two, one = (read_checkpoint(tmp_path / name / "checkpoints/last.pt") for name in ("two", "one"))
-    for network in ("student", "projection"):
+    for network in ("student", "projections"):
         trained = [k for k in one[network] if "running_" not in k and "num_batches" not in k]
         assert all(torch.equal(one[network][key], two[network][key]) for key in trained)
     for ours, theirs in zip(one["history"], two["history"], strict=True):
@@ -294,11 +295,11 @@ def test_out_of_memory_names_a_remedy(cache, tmp_path, monkeypatch):
         train(cache, tmp_path / "run")
 
 
-def test_tap_of_another_grid_is_refused_before_anything_is_written(standins, tmp_path):
+def test_tap_of_another_grid_is_learned_where_the_student_has_it(standins, tmp_path):
     standins.extract(tmp_path / "c", yolo_target_layer="relu_1", limit=6)
-    with pytest.raises(RunError, match=r"32×16×16 in this cache, the student's tap is 40×8×8"):
-        train(Cache(tmp_path / "c"), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
+    train(Cache(tmp_path / "c"), tmp_path / "run", epochs=1)
+    (tap,) = json.loads((tmp_path / "run/run.json").read_text())["taps"]
+    assert tap == {"name": "relu_1", "student_tap": "encoder", "stride": 4}
 
 
 @pytest.mark.parametrize("device", ["foo", "meta"])

@@ -7,17 +7,19 @@ import torch
 
 from kdcache.config import TrainConfig
 from kdcache.train.loader import batches
+from kdcache.train.projection import Projection, Projections
 from kdcache.train.reach import find_reach, reach_text, reaches_student
 from kdcache.train.step import Trainee
-from kdcache.train.student import Projection, build_student
+from kdcache.train.student import TapPoint, build_student
 
 
 def reach_of(cache, tap="encoder", levels=0):
     config = TrainConfig(projection_hidden_dim=8)
     torch.manual_seed(0)
-    student = build_student("timm-efficientnet-b0", "random", tap, levels)
-    projection = Projection(student.tap_channels, 8, cache.manifest.taps[0].shape[0])
-    model = Trainee(student, projection)
+    student = build_student("timm-efficientnet-b0", "random", [TapPoint(tap, 8)], levels)
+    (channels,), (tap,) = student.tap_channels, cache.manifest.taps
+    projections = Projections({tap.name: Projection(channels, 8, tap.shape[0])}, [1.0])
+    model = Trainee(student, projections)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     found = find_reach(model, next(batches(cache, 2)), config)
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())

@@ -15,6 +15,7 @@ from training import FAST, config, metrics, state_digest, train
 from kdcache.cache.reader import Cache
 from kdcache.config import TrainConfig
 from kdcache.errors import RunError
+from kdcache.standins import TAP
 from kdcache.train import loop, run_folder
 from kdcache.train.run_folder import claimed, read_checkpoint, read_config
 from kdcache.train.student import build_student
@@ -99,12 +100,14 @@ def test_init_from_begins_with_the_best_student_of_another_run(cache, run, tmp_p
     state = begin("same")
     weights = [k for k in best["student"] if "running" not in k and "num_batches" not in k]
     assert all(torch.equal(best["student"][k], state["student"][k]) for k in weights)
-    assert torch.equal(best["projection"]["0.weight"], state["projection"]["0.weight"])
-    other_target = begin("standard", standardise_features=True)["projection"]
-    assert torch.equal(best["projection"]["0.weight"], other_target["0.weight"])
-    assert not torch.equal(best["projection"]["target_std"], other_target["target_std"])
+    assert torch.equal(
+        best["projections"]["each.0.0.weight"], state["projections"]["each.0.0.weight"]
+    )
+    other_target = begin("standard", standardise_features=True)["projections"]
+    assert torch.equal(best["projections"]["each.0.0.weight"], other_target["each.0.0.weight"])
+    assert not torch.equal(best["projections"][std := "each.0.target_std"], other_target[std])
     begin("other", projection_hidden_dim=16)
-    assert "its projection has another shape" in caplog.text
+    assert f"its projection to {TAP} has another shape" in caplog.text
     with pytest.raises(RunError, match="has the encoder timm-efficientnet-b0"):
         begin("resnet", student_encoder="resnet18")
 

@@ -6,21 +6,25 @@ import dataclasses
 import multiprocessing
 import os
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from torch import distributed, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from training import tapped_cache
 
 from kdcache.cache.format import RowKey
 from kdcache.cache.reader import Cache
-from kdcache.config import TrainConfig
+from kdcache.config import Attention, TrainConfig
 from kdcache.errors import RunError
 from kdcache.imaging import IGNORE, PADDING
-from kdcache.train import loop, losses, step
+from kdcache.standins import TAP
+from kdcache.train import loop, losses, prepare, step
 from kdcache.train.loader import Batch, read_batches
 from kdcache.train.loop import _steps
 from kdcache.train.parallel import Processes, joined
+from kdcache.train.projection import Projection, Projections
 from kdcache.train.run_folder import State
 from kdcache.train.step import (
     Trainee,
@@ -32,21 +36,21 @@ from kdcache.train.step import (
     trained_model,
     weighted,
 )
-from kdcache.train.student import Projection, Student, build_student
+from kdcache.train.student import Student, StudentOutput, TapPoint, build_student
 
 CONFIG = TrainConfig(encoder_weights="random", projection_hidden_dim=16, learning_rate=3e-3)
 
 
 def new_state(channels: int, config: TrainConfig = CONFIG, scale: float = 0.0) -> State:
     torch.manual_seed(0)
-    student = build_student(
-        config.student_encoder, "random", config.student_tap, config.trained_levels
-    )
-    projection = Projection(student.tap_channels, config.projection_hidden_dim, channels)
+    points = [TapPoint(config.student_tap, 8)]
+    student = build_student(config.student_encoder, "random", points, config.trained_levels)
+    (own,) = student.tap_channels
+    projections = Projections({TAP: Projection(own, config.projection_hidden_dim, channels)}, [1.0])
     return State(
         student=student,
-        projection=projection,
-        optimizer=build_optimizer(student, projection, config),
+        projections=projections,
+        optimizer=build_optimizer(student, projections, config),
         scaler=torch.amp.GradScaler("cpu", enabled=scale > 0, init_scale=scale or 1.0),
     )
 
@@ -64,14 +68,14 @@ def some_batches(path: Path) -> list[Batch]:
 def gradients(state: State) -> dict[str, torch.Tensor]:
     return {
         f"{name}.{key}": p.grad.clone()
-        for name, module in (("student", state.student), ("projection", state.projection))
+        for name, module in (("student", state.student), ("projections", state.projections))
         for key, p in module.named_parameters()
         if p.grad is not None
     }
 
 
 def trained(state: State, batches: list[Batch], config: TrainConfig = CONFIG):
-    trainee = Trainee(state.student, state.projection).train()
+    trainee = Trainee(state.student, state.projections).train()
     (values,) = read([take_step(trainee, state, batches, config, 3.0, Processes())])
     return values
 
@@ -84,7 +88,7 @@ def test_two_batches_in_one_step_divide_by_what_both_hold(cache):
     ours, reference = new_state(channels), new_state(channels)
     values = trained(ours, batches, config)
     reference.student.train()
-    outputs = [Trainee(reference.student, reference.projection)(b.image) for b in batches]
+    outputs = [Trainee(reference.student, reference.projections)(b.image) for b in batches]
     joint = Batch(
         image=torch.cat([b.image for b in batches]),
         mask=torch.cat([b.mask for b in batches]),
@@ -92,8 +96,9 @@ def test_two_batches_in_one_step_divide_by_what_both_hold(cache):
         features={t: torch.cat([b.features[t] for b in batches]) for t in cache.taps},
         keys=[key for b in batches for key in b.keys],
     )
-    output = type(outputs[0])(*(torch.cat(parts) for parts in zip(*outputs, strict=True)))
-    expected = all_losses(output, reference.projection, joint, config, 3.0)
+    features = zip(*(output.features for output in outputs), strict=True)
+    output = StudentOutput(torch.cat([o.logits for o in outputs]), tuple(map(torch.cat, features)))
+    expected = all_losses(output, reference.projections, joint, config, 3.0)
     for name, loss in expected.items():
         assert values[name] == pytest.approx(loss.item(), rel=1e-5)
     assert (values["images"], values["labelled_images"]) == (4, 3)
@@ -103,17 +108,29 @@ def test_two_batches_in_one_step_divide_by_what_both_hold(cache):
         assert torch.allclose(gradient, theirs[key], rtol=1e-3, atol=1e-6), key
 
 
-def _one_of_two(rank: int, port: int, path: Path, out: Path) -> None:
+ONE_TAP = CONFIG
+LEARNED_TAPS = CONFIG.model_copy(
+    update={"layer_weights": "learned", "feature_attention": "feature_energy"}
+)
+
+
+def state_from(path: Path, config: TrainConfig) -> State:
+    torch.manual_seed(0)
+    cache = Cache(path)
+    return prepare.new_state(cache, config, cache.manifest.taps, "random", "cpu")
+
+
+def _one_of_two(rank: int, port: int, path: Path, out: Path, config: TrainConfig) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     batches = some_batches(path)
     with joined("cpu") as (processes, device):
         assert (processes.count, processes.rank, device) == (2, rank, "cpu")
-        state = new_state(Cache(path).manifest.taps[0].shape[0])
-        model = processes.wrap(Trainee(state.student, state.projection)).train()
+        state = state_from(path, config)
+        model = processes.wrap(Trainee(state.student, state.projections)).train()
         for _ in range(3):
-            taken = take_step(model, state, [batches[rank]], CONFIG, 3.0, processes)
+            taken = take_step(model, state, [batches[rank]], config, 3.0, processes)
             (values,) = read([taken])
         assert processes.any(rank == 1, "cpu")
         assert not processes.any(False, "cpu")
@@ -121,11 +138,13 @@ def _one_of_two(rank: int, port: int, path: Path, out: Path) -> None:
         distributed.barrier()
 
 
-def test_two_processes_step_as_one_that_adds_up_both_halves(cache, tmp_path, free_port):
+@pytest.mark.parametrize("config", [ONE_TAP, LEARNED_TAPS], ids=["one tap", "learned taps"])
+def test_two_processes_step_as_one_that_adds_up_both_halves(cache, tmp_path, free_port, config):
     """Bit for bit: both divide by the pixels, labelled pixels and images of all four rows."""
+    path = cache.path if config is ONE_TAP else tapped_cache(tmp_path / "c", 8, 16).path
     context = multiprocessing.get_context("spawn")
     pair = [
-        context.Process(target=_one_of_two, args=(rank, free_port, cache.path, tmp_path))
+        context.Process(target=_one_of_two, args=(rank, free_port, path, tmp_path, config))
         for rank in range(2)
     ]
     for process in pair:
@@ -135,9 +154,9 @@ def test_two_processes_step_as_one_that_adds_up_both_halves(cache, tmp_path, fre
         assert process.exitcode == 0
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    state = new_state(cache.manifest.taps[0].shape[0])
+    state = state_from(path, config)
     for _ in range(3):
-        expected = trained(state, some_batches(cache.path))
+        expected = trained(state, some_batches(path), config)
     torch.set_num_threads(threads)
     for rank in range(2):
         values, found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
@@ -191,17 +210,20 @@ def test_gradient_that_is_not_finite_stops_before_it_is_applied(cache):
     assert torch.isfinite(head).all()
 
 
-def test_a_step_waits_for_no_number_of_its_own(monkeypatch):
+@pytest.mark.parametrize("attention", get_args(Attention))
+def test_a_step_waits_for_no_number_of_its_own(monkeypatch, attention):
     """Tensors without data, as a GPU that has not come to it yet: whoever looks at one fails."""
     monkeypatch.setattr(step, "read", lambda steps: iter([{}]))
+    config = LEARNED_TAPS.model_copy(update={"feature_attention": attention})
     with FakeTensorMode():
-        student = Student("timm-efficientnet-b0")
-        projection = Projection(student.tap_channels, 8, 16)
-        modules = nn.ModuleList([student, projection])
+        student = Student("timm-efficientnet-b0", [TapPoint("encoder", 8), TapPoint("decoder", 16)])
+        of_taps = {f"tap {n}": Projection(c, 8, 16) for n, c in enumerate(student.tap_channels)}
+        projections = Projections(of_taps, [0.5, 0.5], learned=True)
+        modules = nn.ModuleList([student, projections])
         trained = [p for p in modules.parameters() if p.requires_grad]
         state = State(
             student=student,
-            projection=projection,
+            projections=projections,
             # AdamW counts its steps on the host, which these tensors cannot tell from a device
             optimizer=torch.optim.SGD(trained, lr=0.1),
             scaler=torch.amp.GradScaler("cpu", enabled=False),
@@ -211,12 +233,12 @@ def test_a_step_waits_for_no_number_of_its_own(monkeypatch):
             image=torch.empty(2, 3, 64, 64),
             mask=mask,
             logits=torch.empty(2, 1, 64, 64),
-            features={"tap": torch.empty(2, 16, 8, 8)},
+            features={"tap 0": torch.empty(2, 16, 8, 8), "tap 1": torch.empty(2, 16, 4, 4)},
             keys=[RowKey("train", "a", 0)] * 2,
         )
-        trainee = Trainee(student, projection).train()
+        trainee = Trainee(student, projections).train()
         for _ in range(2):
-            taken = take_step(trainee, state, [batch, batch], CONFIG, 3.0, Processes())
+            taken = take_step(trainee, state, [batch, batch], config, 3.0, Processes())
         with pytest.raises(DataDependentOutputException):
             next(read([taken]))
 
@@ -228,15 +250,15 @@ def test_feature_loss_at_some_positions_is_that_of_all_in_the_mean(cache):
     everywhere = target[0, 0].numel()
     batch.mask[:, :, :16] = PADDING
     state = new_state(target.shape[1])
-    projection = state.projection.eval()  # statistics of a batch would depend on its positions
-    _, feature = state.student(batch.image)
+    (projection,) = state.projections.eval().each  # a batch's statistics depend on its positions
+    _, (feature,) = state.student(batch.image)
     for loss in losses.FEATURE_LOSSES.values():
         whole = loss(projection(feature), target, batch.mask)
         parts = torch.randperm(everywhere).split(everywhere // 4)
         some = [loss(projection(losses.at(feature, p)), target, batch.mask, None, p) for p in parts]
         assert torch.stack(some).mean().item() == pytest.approx(whole.item(), rel=1e-5)
     shapes = []
-    state.projection.register_forward_hook(lambda module, given, made: shapes.append(made.shape))
+    projection.register_forward_hook(lambda module, given, made: shapes.append(made.shape))
     for number in (10, everywhere, 10**6):
         trained(state, [batch], CONFIG.model_copy(update={"feature_positions": number}))
     assert [shape[2] * shape[3] for shape in shapes] == [10, everywhere, everywhere]
@@ -249,7 +271,7 @@ def test_student_and_projection_are_clipped_apart(cache):
         state = new_state(channels)
         trained(state, batches, CONFIG.model_copy(update={"feature_weight": weight}))
         parts = [[p.grad for p in m.parameters() if p.grad is not None]
-                 for m in (state.student, state.projection)]  # fmt: skip
+                 for m in (state.student, state.projections)]  # fmt: skip
         norms.append([float(torch.nn.utils.get_total_norm(part)) for part in parts])
     assert norms[0][0] == norms[1][0]
     assert max(norms[1]) <= 0.5 * 1.001

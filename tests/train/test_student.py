@@ -7,33 +7,92 @@ import pytest
 import torch
 from torch import nn
 
-from kdcache.train.student import Projection, Student
+from kdcache.cache.layout import TapSpec, whole
+from kdcache.errors import RunError
+from kdcache.train.projection import Projection
+from kdcache.train.student import STRIDES, Student, TapPoint, tap_points
+
+ENCODERS = ["timm-efficientnet-b0", "tu-tf_efficientnet_lite0", "resnet18"]
+DECODER_CHANNELS = {16: 256, 8: 128, 4: 64, 2: 32, 1: 16}
 
 
-def grid(student: Student) -> torch.Tensor:
-    return student(torch.rand(2, 3, 64, 64)).feature
+def tap(stride: float, name: str = "tap", size: int = 64, width: int | None = None) -> TapSpec:
+    side = round(size / stride)
+    shape = (6, side, width or side)
+    return TapSpec(name=name, precision="float32", shape=shape, groups=whole(6))
 
 
-@pytest.mark.parametrize(
-    "encoder", ["timm-efficientnet-b0", "tu-tf_efficientnet_lite0", "resnet18"]
-)
-@pytest.mark.parametrize(("tap", "channels"), [("encoder", 40), ("decoder", 128)])
-def test_both_taps_are_at_stride_8(encoder, tap, channels):
-    student = Student(encoder, tap)
-    channels = 128 if encoder == "resnet18" else channels
-    assert student.tap_channels == channels
-    assert grid(student).shape == (2, channels, 8, 8)
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_every_stride_has_a_map_of_that_grid_in_both_parts(encoder):
+    points = [TapPoint(part, stride) for part, strides in STRIDES.items() for stride in strides]
+    assert [point.stride for point in points] == [2, 4, 8, 16, 32, 1, 2, 4, 8, 16]
+    student = Student(encoder, points)
+    logits, features = student(torch.rand(2, 3, 64, 64))
+    assert logits.shape == (2, 1, 64, 64)
+    for point, channels, feature in zip(points, student.tap_channels, features, strict=True):
+        assert feature.shape == (2, channels, 64 // point.stride, 64 // point.stride), point
+        if point.part == "decoder":
+            assert channels == DECODER_CHANNELS[point.stride]
 
 
-def test_decoder_tap_is_the_output_of_the_second_block():
-    student = Student("timm-efficientnet-b0", "decoder").eval()
-    seen = []
-    student.unet.decoder.blocks[1].register_forward_hook(lambda *args: seen.append(args[2]))
+def test_maps_are_those_of_the_encoder_and_behind_the_decoders_blocks():
+    """In the order of the points, one asked for twice too; and the logits are those without."""
+    places = (("decoder", 8), ("encoder", 8), ("decoder", 1), ("encoder", 32), ("decoder", 8))
+    points = [TapPoint(*place) for place in places]
+    student = Student("timm-efficientnet-b0", points).eval()
+    behind = {}
+    for number in (1, 4):
+        student.unet.decoder.blocks[number].register_forward_hook(
+            lambda block, given, made, number=number: behind.update({number: made})
+        )
     pixels = torch.rand(1, 3, 64, 64)
-    assert torch.equal(student(pixels).feature, seen[0])
+    encoded = student.unet.encoder(pixels)
+    expected = [behind, 1], [encoded, 3], [behind, 4], [encoded, 5], [behind, 1]
+    for given in (None, encoded):
+        found = student(pixels, given).features
+        for feature, (maps, key) in zip(found, expected, strict=True):
+            assert torch.equal(feature, maps[key])
     plain = Student("timm-efficientnet-b0").eval()
     plain.unet.load_state_dict(student.unet.state_dict())
     assert torch.equal(plain(pixels).logits, student(pixels).logits)
+    assert plain(pixels).features == ()
+
+
+def test_a_tap_is_found_at_its_own_stride():
+    taps = [tap(8, "p3"), tap(16, "p4"), tap(32, "p5")]
+    assert tap_points(taps, 64, "encoder") == tuple(TapPoint("encoder", s) for s in (8, 16, 32))
+    parts = ("decoder", "decoder", "encoder")
+    expected = zip(parts, (8, 16, 32), strict=True)
+    assert tap_points(taps, 64, parts) == tuple(TapPoint(*point) for point in expected)
+    assert tap_points([tap(8, size=96)], 96, ("decoder",)) == (TapPoint("decoder", 8),)
+
+
+@pytest.mark.parametrize(
+    ("spec", "part", "message"),
+    [
+        (tap(1), "encoder", "strides 2, 4, 8, 16, 32: set student_tap of this tap to decoder"),
+        (tap(32), "decoder", "strides 1, 2, 4, 8, 16: set student_tap of this tap to encoder"),
+        (tap(64), "encoder", "tap tap is 6×1×1 .* stride 64 of 64 px.*32: leave it out"),
+        (
+            tap(64 / 10),
+            "decoder",
+            r"stride 6\.4 of .*feature_taps=…, or train with --feature-weight 0",
+        ),
+        (tap(8, width=4), "encoder", "6×8×4 in this cache.*square maps"),
+        (tap(8), ("encoder", "decoder"), r"names 2 parts, .* of 1 taps \(tap\): give one part for"),
+    ],
+    ids=["stride 1", "stride 32", "stride 64", "no power of two", "not square", "two parts"],
+)
+def test_a_grid_that_the_student_does_not_have_is_refused(spec, part, message):
+    with pytest.raises(RunError, match=message):
+        tap_points([spec], 64, part)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_encoder_without_a_feature_at_stride_2_says_which_it_has():
+    student = Student("mit_b0", [TapPoint("encoder", 4), TapPoint("encoder", 2)])
+    with pytest.raises(RunError, match="no feature at stride 2, only at 4, 8, 16, 32: set student"):
+        tuple(student.tap_channels)
 
 
 def first_use(encoder: nn.Module) -> dict[str, int]:

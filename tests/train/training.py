@@ -1,4 +1,4 @@
-"""Short trainings from the stand-in cache, and what they leave, for the tests of `train/`."""
+"""Short trainings, from the stand-in cache or one of several taps, and what they leave."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ import hashlib
 import json
 
 import numpy as np
+from conftest import MANIFEST, make_row
 
 from kdcache.cache.format import RowKey, describe_row
-from kdcache.cache.layout import IMAGE, ROWS
+from kdcache.cache.layout import IMAGE, LOGITS, ROWS, Manifest, TapSpec, whole
 from kdcache.cache.reader import Cache
 from kdcache.cache.writer import CacheWriter
 from kdcache.config import TrainConfig
+from kdcache.imaging import INTERPOLATION
 from kdcache.train import loop
 from kdcache.train.run_folder import read_checkpoint
 
 FAST = {"encoder_weights": "random", "epochs": 3, "batch_size": 3, "learning_rate": 3e-3}
+TAPPED_PX = 64
 
 
 def config(**changes):
@@ -24,6 +27,37 @@ def config(**changes):
 
 def train(cache, run, resume=False, **changes):
     return loop.train(cache.path, run, config(**changes), device="cpu", resume=resume)
+
+
+def tap_at(stride, channels=6, size=TAPPED_PX, name=None):
+    """A tap `/neck/pSTRIDE`, whose maps are stored in full."""
+    shape = (channels, size // stride, size // stride)
+    name = name or f"/neck/p{stride}"
+    return TapSpec(name=name, precision="int8", shape=shape, groups=whole(channels))
+
+
+def tapped_cache(path, *strides, rows=6, val=2, logits=True):
+    """A cache of random rows with a tap at each stride, the later the more channels."""
+    manifest = Manifest(
+        **vars(MANIFEST)
+        | {
+            "size_px": TAPPED_PX,
+            "logits_dtype": "float16" if logits else None,
+            "taps": tuple(tap_at(stride, 6 + 2 * n) for n, stride in enumerate(strides)),
+            "fingerprint": {
+                "size": str(TAPPED_PX),
+                "resize": "stretch",
+                "interpolation": INTERPOLATION,
+            },
+        }
+    )
+    with CacheWriter(path, manifest) as writer:
+        for number in range(rows):
+            key, arrays = make_row(number, "val" if number >= rows - val else "train", manifest)
+            if not logits:
+                del arrays[LOGITS]
+            writer.append(writer.encoded(key, arrays))
+    return Cache(path)
 
 
 def metrics(run):
@@ -37,7 +71,7 @@ def state_digest(run):
     """Weights, optimiser and random state of the last checkpoint."""
     state = read_checkpoint(run / "checkpoints/last.pt")
     digest = hashlib.sha256()
-    for name in ("student", "projection"):
+    for name in ("student", "projections"):
         for tensor in (state[name] or {}).values():
             digest.update(tensor.numpy().tobytes())
     for moments in state["optimizer"]["state"].values():
