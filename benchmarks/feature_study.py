@@ -90,7 +90,10 @@ _ONE_TAP = {"feature_taps": TAPS[:1]}
 ARMS |= {
     "three taps against one": Arm("few_taps", WITH_FEATURES, without=_ONE_TAP, beside={}),
     "three taps, learned against fixed weights": Arm(
-        "few_taps", WITH_FEATURES, without={}, beside={"layer_weights": "learned"}
+        "few_taps",
+        WITH_FEATURES,
+        without={},
+        beside={"layer_weights": "learned", "layer_lr_factor": 10.0},
     ),
 } | {
     f"attention {kind} against none": Arm(

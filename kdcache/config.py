@@ -154,6 +154,9 @@ class TrainConfig(_Settings):
     layer_regularisation: float = Field(
         0.1, ge=0, description="what learned weights pay for leaving tap_weights (times KL)"
     )
+    layer_lr_factor: float = Field(
+        100.0, gt=0, description="learning rate of learned weights, over that of the rest"
+    )
     feature_attention: Attention = Field(
         "none", description="which positions of a feature map count more"
     )

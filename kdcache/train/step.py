@@ -72,11 +72,14 @@ def check_compiler(device: str) -> None:
 def build_optimizer(
     student: Student, projections: Projections | None, config: TrainConfig
 ) -> torch.optim.AdamW:
-    """AdamW over the decoder and head, the trained part of the encoder, and the projections."""
+    """AdamW over the decoder and head, the trained part of the encoder, projections, layer weights."""
     encoder = [p for p in student.unet.encoder.parameters() if p.requires_grad]
     rest = [*student.unet.decoder.parameters(), *student.unet.segmentation_head.parameters()]
     groups = [(rest, 1.0), (encoder, config.encoder_lr_factor)]
-    groups += [(list(projections.parameters()), 1.0)] if projections is not None else []
+    if projections is not None:
+        groups.append((list(projections.each.parameters()), 1.0))
+        learned = [] if projections.departure is None else [projections.departure]
+        groups.append((learned, config.layer_lr_factor))
     return torch.optim.AdamW(
         [
             {"params": parameters, "lr_factor": factor}

@@ -55,14 +55,14 @@ def measured(cache, standins, tmp_path_factory):
 def test_the_numbers_are_those_of_the_definition(measured, standins):
     cache, _ = measured
     (tap,) = cache.taps
-    yolo = Yolo(standins.detector, tap=tap, expects="rgb01", device="cpu", size_px=SIZE)
+    yolo = Yolo(standins.detector, taps=[tap], expects="rgb01", device="cpu", size_px=SIZE)
     teacher = Teacher(standins.teacher, encoder="", device="cpu", size_px=SIZE)
     found = read_remarks(cache.path).mirrored
     features, logits = [], []
     for index in np.random.default_rng(0).permutation(len(cache))[:ROWS]:
         row = cache[int(index)]
         pixels = np.flip(row.image, 1)[None].copy()
-        features.append((np.flip(row.features[tap], 2), yolo.features(pixels)[0]))
+        features.append((np.flip(row.features[tap], 2), yolo.features(pixels)[tap][0]))
         logits.append((np.flip(row.teacher_logits, 1), teacher.logits(pixels)[0]))
     error = sum(((s.astype(float) - n) ** 2).sum() for s, n in features)
     spread = sum(((n.astype(float) - n.mean(dtype=float)) ** 2).sum() for _, n in features)
