@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from kdcache.cli import main
 from kdcache.config import ExtractConfig, TrainConfig
 from kdcache.options import EXIT_FAILED, EXIT_SKIPPED
+from kdcache.standins import TAP
 
 
 def run(*arguments: object):
@@ -153,6 +154,8 @@ def test_failures_are_one_line_and_exit_status_1(arguments, message, tmp_path, m
         (("--tap", "nowhere"), "no tensor 'nowhere'"),
         (("--size", 650), "multiple of 32"),
         (("--val-fraction", 1.5), "val_fraction"),
+        (("--views", 2, "--augment", "heavier"), "named policies: light, heavy"),
+        (("--tap", "relu_1", "--tap", "relu_1"), "stands there twice"),
         (("--yolo", "absent.onnx"), "no such model file"),
         (("--masks", "absent"), "no such folder"),
         (("--device", "cuda"), "sees no CUDA device"),
@@ -244,6 +247,23 @@ def test_flags_that_exclude_each_other_are_wrong_usage(cache, standins, tmp_path
     assert run(*train, "--resume", "--init-from", tmp_path).exit_code == 2
     both = ("extract", "--images", standins.images, "--out", tmp_path / "c", "--unlabelled")
     assert run(*both, "--masks", standins.masks).exit_code == 2
+    alone = run(*both, "--augment", "heavy")
+    assert (alone.exit_code, "--augment is of further views" in alone.stderr) == (2, True)
+
+
+def test_views_and_taps_are_extracted_shown_and_trained_from(standins, tmp_path):
+    arguments = extract_arguments(standins, tmp_path / "c")
+    more = ("--views", 2, "--augment", "light", "--tap", TAP, "--tap", "relu_3", "--limit", 4)
+    assert run(*arguments, *more).exit_code == 0
+    shown = run("info", tmp_path / "c").stdout
+    assert "rows by view: 0: 4, 1: " in shown
+    assert "views but 0 were made with seed 0 by flip, window, colour, gamma" in shown
+    assert "relu_3: 8×4×4 as int8" in shown
+    options = ("--epochs", 1, "--encoder-weights", "random", "--set", "layer_weights=learned")
+    trained = run("train", tmp_path / "c", "--out", tmp_path / "run", *options)
+    assert trained.exit_code == 0, trained.output
+    assert "train samples in 2 views" in trained.stderr
+    assert "train_layer_weight_relu_3" in (tmp_path / "run/metrics.jsonl").read_text()
 
 
 def test_unlabelled_images_are_extracted(standins, tmp_path):

@@ -27,7 +27,7 @@ from kdcache.precompute import distributed
 from kdcache.precompute.dataset import Dataset, folder_dataset
 from kdcache.precompute.distributed import extract_on
 from kdcache.precompute.extract import extract
-from kdcache.standins import save_scenes
+from kdcache.standins import TAP, save_scenes
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +61,20 @@ def test_workers_write_the_cache_that_one_process_writes(client, standins, cache
         client, standins.config(), dataset_of(standins), tmp_path / "c.zarr", device="cpu"
     )
     assert (again.rows_added, again.rows_found) == (0, len(cache))
+
+
+def test_views_of_a_policy_that_only_the_client_can_read_and_several_taps(
+    client, standins, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)  # where the workers are not
+    (tmp_path / "mine.toml").write_text("[flip]\nprobability = 0.5\n[noise]\nprobability = 1.0\n")
+    taps = (TAP, "relu_3")
+    config = standins.config(views=3, augment="mine.toml", yolo_target_layer=taps)
+    report = extract_on(client, config, dataset_of(standins), tmp_path / "c.zarr", device="cpu")
+    assert report.rows_added == report.rows_total > 20
+    standins.extract(tmp_path / "d.zarr", views=3, augment="mine.toml", yolo_target_layer=taps)
+    same_files(tmp_path / "c.zarr", tmp_path / "d.zarr")
+    assert verify(tmp_path / "c.zarr").ok
 
 
 def test_they_append_to_what_one_process_began(client, standins, cache, tmp_path):
