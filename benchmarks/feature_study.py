@@ -9,7 +9,7 @@ else. Their difference is taken on each validation photo (mean over the seeds) a
 photos. The last student is scored, not the best on the photos that score it.
 
 As many views as epochs are fresh augmentation in each, as an online trainer makes it: the same pixels
-go through the same models. So `--epochs 24` with the views arms compares a cache with that.
+go through the same models. So `--epochs 16` with the views arms compares a cache with that.
 
 Run again after a stop: finished runs are kept, a started one goes on.
 """
@@ -42,7 +42,7 @@ TAPS = (TAP, "/model.15/Concat_output_0", "/model.11/Concat_output_0")  # stride
 ENCODER = "tu-tf_efficientnet_lite0"
 SIZE_PX = 320
 LABELLED = 10
-VIEWS = 24
+VIEWS = 16
 RESAMPLES = 10_000
 
 FEATURE_WEIGHT = 1.0

@@ -42,7 +42,7 @@ from kdcache.train.step import (
     take_step,
     trained_model,
 )
-from kdcache.train.student import resolve_device
+from kdcache.train.student import STRIDES, resolve_device
 
 _ROWS = 256  # that a round reads; those of a small cache more than once
 _ROUNDS = 5
@@ -132,15 +132,18 @@ def bench(
 
 
 def _usable(config: TrainConfig, cache: Cache) -> TrainConfig:
-    """The settings without the losses that a cache of one model cannot have."""
+    """The settings without the losses that a cache of one model, or of other grids, cannot have."""
     if not cache.has_logits:
         without: dict[str, Any] = {"kl_weight": 0.0, "mse_weight": 0.0}
         if config.feature_attention == "teacher_uncertainty":
             without |= {"feature_attention": "none"}
         config = config.model_copy(update=without)
-    if not cache.manifest.taps:
-        config = config.model_copy(update={"feature_weight": 0.0})
-    return config
+    taps = config.feature_taps or tuple(cache.taps)
+    if not config.feature_taps and isinstance(config.student_tap, str):
+        strides, size = STRIDES[config.student_tap], cache.manifest.size_px
+        taps = tuple(tap for tap in taps if size / cache.tap(tap).shape[1] in strides)
+    own: dict[str, Any] = {"feature_taps": taps} if taps else {"feature_weight": 0.0}
+    return config.model_copy(update=own)
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from click.testing import CliRunner
 
-from kdcache.bench import bench, read_floor
+from kdcache.bench import _usable, bench, read_floor
 from kdcache.cache.reader import Cache
 from kdcache.cli import main
 from kdcache.config import TrainConfig
@@ -18,8 +19,10 @@ from kdcache.errors import CacheError, ModelError, RunError
 from kdcache.precompute.dataset import folder_dataset
 from kdcache.precompute.extract import extract
 from kdcache.report import costs_text
+from kdcache.standins import TAP, save_detector
 from kdcache.train.loader import wanted_arrays
 from kdcache.train.loop import train
+from kdcache.train.prepare import find_taps
 
 
 def test_the_command_tells_rates_sizes_and_latency(cache, standins, tmp_path):
@@ -60,6 +63,23 @@ def test_row_bytes_are_those_that_the_losses_use(cache, standins, tmp_path):
     half = bench(Cache(tmp_path / "c"), steps=1, device="cpu")
     assert half.row_bytes < whole.row_bytes
     assert half.images_per_s > 0
+
+
+def test_taps_that_the_student_has_no_map_for_are_left_out(standins, tmp_path):
+    """There is no --set in bench; the encoder has nothing at stride 1."""
+    save_detector(tmp_path / "d.onnx", channels=2)
+    model = onnx.load(tmp_path / "d.onnx")
+    model.graph.node.append(onnx.helper.make_node("Relu", ["images"], ["fine"]))
+    onnx.save(model, tmp_path / "d.onnx")
+    for taps, kept in ((("fine", TAP), [TAP]), (("fine",), [])):
+        out = tmp_path / str(len(taps))
+        settings = {"yolo_onnx_path": tmp_path / "d.onnx", "yolo_target_layer": taps}
+        standins.extract(out, limit=4, val_fraction=0.0, **settings)
+        config = _usable(TrainConfig(), Cache(out))
+        assert ([tap.name for tap in find_taps(Cache(out), config)], config.feature_weight > 0) == (
+            kept,
+            bool(kept),
+        )
 
 
 def test_the_floor_reads_every_byte(cache, monkeypatch):

@@ -147,7 +147,9 @@ def test_learned_weights_take_part_in_a_step_and_in_its_clipping(tapped):
     assert state.projections.weights.sum().item() == pytest.approx(1)
     norm = torch.nn.utils.get_total_norm([p.grad for p in state.projections.parameters()])
     assert norm.item() == pytest.approx(1e-3, rel=1e-3)
-    assert len(state.optimizer.param_groups) == 2
+    *_, projections, learned = state.optimizer.param_groups
+    assert (projections["lr_factor"], learned["lr_factor"]) == (1, settings.layer_lr_factor)
+    assert len(learned["params"]) == 1
 
 
 def test_positions_are_drawn_for_each_tap_and_of_one_tap_as_ever(tapped):
