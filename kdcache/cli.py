@@ -17,7 +17,9 @@ from kdcache.stop import interrupted_by_sigterm
 
 # Commands that find on disk what they did before.
 _GOING_ON = ("extract", "copy", "train", "sweep")
-_SAME_COMMAND = "; what is committed stays: the same command (train: with --resume) goes on"
+_SAME_COMMAND = (
+    "; what is committed stays: the same command goes on (train: with --resume, if it had begun)"
+)
 
 
 class _Group(click.Group):

@@ -50,6 +50,10 @@ LOSSES = ("kl", "mse", "bce", "dice", "feature")
 ENCODER_LEVELS = 5
 
 
+# What a tap counts at least, of all: its logarithm must be a number in float32.
+_LEAST_SHARE = 1e-6
+
+
 class _Settings(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False
@@ -252,9 +256,10 @@ class TrainConfig(_Settings):
     @field_validator("tap_weights")
     @classmethod
     def _every_tap_counts(cls, weights: tuple[float, ...]) -> tuple[float, ...]:
-        if any(weight <= 0 for weight in weights):
+        if any(weight <= 0 or weight / sum(weights) < _LEAST_SHARE for weight in weights):
             raise ValueError(
-                "expected numbers above 0; a tap that is to count nothing is left out of feature_taps"
+                f"expected numbers above 0, none of them below {_LEAST_SHARE:g} of their sum; a tap that "
+                "is to count nothing is left out of feature_taps"
             )
         return weights
 
@@ -396,9 +401,14 @@ def _read_config(config: str) -> dict[str, Any]:
 
 
 def parse_value(text: str) -> Any:
-    """A TOML value; text that is not one (a bare word or path) is a string."""
+    """A TOML value; text that is not one (a bare word or path) is a string, ConfigError for half a list."""
     try:
         found = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+    except tomllib.TOMLDecodeError as error:
+        if text.startswith(("[", "{")):
+            raise ConfigError(
+                f"{text}: not a TOML value ({error}); texts in a list stand in quotes, which the shell "
+                'must leave there: \'key=["a", "b"]\''
+            ) from error
         return text
     return found["value"] if len(found) == 1 else text

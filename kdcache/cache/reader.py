@@ -33,7 +33,7 @@ from kdcache.cache.shard import (
     read_chunk,
     read_index,
 )
-from kdcache.errors import CacheError, nearest
+from kdcache.errors import CacheError
 from kdcache.places import Place, Url, place_of, read_some
 
 log = logging.getLogger(__name__)
@@ -131,11 +131,13 @@ class Cache:
         return list(dict.fromkeys(key.sample_id for key in self.keys))
 
     def tap(self, name: str) -> TapSpec:
-        """How a tap is stored; raises CacheError naming the nearest taps when there is none."""
+        """How a tap is stored; raises CacheError naming those that there are."""
         for tap in self.manifest.taps:
             if tap.name == name:
                 return tap
-        raise CacheError(f"{self.path} has no tap {name!r}; it has {nearest(name, self.taps)}")
+        raise CacheError(
+            f"{self.path} has no tap {name!r}; it has {', '.join(self.taps) or 'none'}"
+        )
 
     def rows_of(self, split: str, view: int | None = None) -> list[int]:
         """Row numbers of a split, of all views or of one."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,5 +95,7 @@ def runs_csv(runs: Sequence[SweepRun], axes: Sequence[str]) -> str:
     for run in runs:
         facts = {"run": run.name, "state": run.state, "best_epoch": run.best_epoch}
         facts |= {"epochs": len(run.history), "error": run.error}
-        writer.writerow(facts | dict(run.values) | measured(run))
+        # lists as TOML has them, to be pasted into --set
+        values = {k: json.dumps(v) if isinstance(v, tuple) else v for k, v in run.values.items()}
+        writer.writerow(facts | values | measured(run))
     return text.getvalue()

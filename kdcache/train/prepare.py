@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,7 +46,7 @@ from kdcache.train.step import (
     trained_model,
     untrained_state,
 )
-from kdcache.train.student import LEVELS, STRIDES, build_student, tap_points
+from kdcache.train.student import LEVELS, STRIDES, TapPoint, build_student, tap_points
 
 log = logging.getLogger(__name__)
 
@@ -147,11 +148,11 @@ def prepared(
         progress=progress and processes.leads,
     )
     check_splits(run)
-    say_views(run)
     if config.flip_targets:
         figures = check_flip(cache, [*run.tap_names, *[LOGITS] * config.uses_logits])
         if processes.leads:
-            log.info("%s", "\n".join(["flip_targets mirrors half of the rows:", *figures]))
+            log.info("%s", "\n".join(["flip_targets mirrors half of the rows", *figures]))
+    say_views(run)
     if config.compile:
         check_compiler(device)
     with device_memory("building the student", "lower projection_hidden_dim"):
@@ -316,27 +317,33 @@ def say_reach(run: Run, state: State) -> None:
     with device_memory("back-propagating the first batch", "lower --batch-size"):
         reach = find_reach(Trainee(state.student, state.projections), batch, run.config)
     log.info("%s", reach_text(reach, run.config))
-    lost = {
-        tap: point.stride
-        for tap, point in zip(run.tap_names, state.student.points, strict=True)
+    points = dict(zip(run.tap_names, state.student.points, strict=True))
+    lost = [
+        tap
+        for tap, point in points.items()
         if point.part == "encoder"
         and not reaches_student(reach, "feature" if len(run.taps) == 1 else of_tap(tap))
-    }
+    ]
     if lost:
         log.warning(
             "feature_weight = %g, but the feature loss%s trains only the projection, which is not part "
             "of the student: %s let it reach it",
             run.config.feature_weight,
             "" if len(run.taps) == 1 else f" of {', '.join(lost)}",
-            _ways_to_reach(lost.values()),
+            _ways_to_reach(points, lost),
         )
 
 
-def _ways_to_reach(strides: Collection[int]) -> str:
-    """Settings with which the feature loss at these strides of the encoder trains something else."""
-    levels = ENCODER_LEVELS + 1 - LEVELS[min(strides)]
-    ways = ["--set student_tap=decoder"] * (set(strides) <= set(STRIDES["decoder"]))
-    return " or ".join([*ways, f"--set train_encoder=last:{levels}"])
+def _ways_to_reach(points: Mapping[str, TapPoint], lost: Collection[str]) -> str:
+    """Settings with which the feature loss of these taps trains more than projections."""
+    levels = ENCODER_LEVELS + 1 - LEVELS[min(points[tap].stride for tap in lost)]
+    ways = [f"--set train_encoder=last:{levels}"]
+    if all(points[tap].stride in STRIDES["decoder"] for tap in lost):
+        parts = ["decoder" if tap in lost else point.part for tap, point in points.items()]
+        same = len(set(parts)) == 1
+        value = parts[0] if same else json.dumps(parts, separators=(",", ":"))
+        ways.insert(0, f"--set student_tap={value}" if same else f"--set 'student_tap={value}'")
+    return " or ".join(ways)
 
 
 def _probe_rows(run: Run) -> list[int]:

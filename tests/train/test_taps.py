@@ -17,6 +17,7 @@ from training import config, metrics, state_digest, tapped_cache, train
 from kdcache.bench import bench
 from kdcache.cache.reader import Cache
 from kdcache.cli import main
+from kdcache.config import TrainConfig, load
 from kdcache.errors import CacheError, RunError
 from kdcache.train import loop
 from kdcache.train.prepare import Start
@@ -247,10 +248,26 @@ def test_the_way_to_reach_the_student_is_that_of_the_taps_stride(tmp_path, caplo
     assert ways in caplog.text
 
 
+def test_the_way_leaves_taps_where_they_are_that_reach_it_already(tmp_path, caplog):
+    cache = tapped_cache(tmp_path / "c", 8, 32, rows=3, val=0)
+    train(cache, tmp_path / "run", epochs=1, train_encoder="last:1")
+    assert "of /neck/p8 trains only the projection" in caplog.text
+    way = '["decoder","encoder"]'
+    assert f"--set 'student_tap={way}' or --set train_encoder=last:3 let it" in caplog.text
+    caplog.clear()
+    found = load(TrainConfig, assignments=[f"student_tap={way}"]).student_tap
+    train(cache, tmp_path / "other", epochs=1, train_encoder="last:1", student_tap=found)
+    assert "trains only the projection" not in caplog.text
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"feature_taps": ["/neck/p9"]}, CacheError, "no tap '/neck/p9'; it has /neck/p8"),
+        (
+            {"feature_taps": ["/neck/p9"]},
+            CacheError,
+            "no tap '/neck/p9'; it has /neck/p8, /neck/p16",
+        ),
         ({"tap_weights": [1, 1, 1]}, RunError, r"3 values, .* of 2 taps \(/neck/p8, /neck/p16\)"),
         ({"student_tap": ["encoder"]}, RunError, "names 1 parts, the feature loss is of 2 taps"),
     ],
