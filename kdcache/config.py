@@ -382,7 +382,8 @@ def _describe(problem: Any) -> str:
     if not problem["loc"]:
         return message
     where = ".".join(str(part) for part in problem["loc"])
-    return f"{where} = {problem['input']!r}: {message}"
+    given = list(problem["input"]) if isinstance(problem["input"], tuple) else problem["input"]
+    return f"{where} = {given!r}: {message}"
 
 
 def _read_config(config: str) -> dict[str, Any]:

@@ -101,7 +101,7 @@ def refresh_text(report: RefreshReport) -> str:
 
 def plan_text(plan: Plan) -> str:
     """Cost at each precision, what both models score, and what looks wrong."""
-    rows = [("precision", "bytes", "a row", "files", "time")]
+    rows = [("precision", "bytes", "a row", "files, folders", "time")]
     rows += [
         (
             name + (" (asked for)" if name == plan.precision else ""),
@@ -112,7 +112,7 @@ def plan_text(plan: Plan) -> str:
         )
         for name, cost in plan.costs.items()
     ]
-    files = "" if plan.free_files is None else f" and {plan.free_files} files"
+    files = "" if plan.free_files is None else f" and {plan.free_files} files or folders"
     room = ""
     if plan.free_bytes is not None:
         fits = "fits" if plan.fits else "DOES NOT FIT"
@@ -170,10 +170,10 @@ def info_text(info: Mapping[str, Any]) -> str:
             f"{tap}: {channels}×{height}×{width} as {facts['precision']}, {ratio:.2f}× smaller than "
             f"float32 ({grids})"
         )
-    if info["augmentation"]:
+    if len(info["rows_by_view"]) > 1:
         lines += [f"rows by view: {_counted(info['rows_by_view'])}", _augmentation(info)]
     # of rows that the other entries do not speak of
-    names = {"views": "view 0"} if info["augmentation"] else {}
+    names = {"views": "view 0"} if len(info["rows_by_view"]) > 1 else {}
     lines += [f"{names.get(field, field)}: {value}" for field, value in info["fingerprint"].items()]
     for part, one in info["mirrored"].items():
         measured = Mirrored(**{name: one[name] for name in Mirrored.__dataclass_fields__})

@@ -81,7 +81,7 @@ class Need:
                 f"{megabytes(space)} left: make room{instead}"
             )
         raise CacheError(
-            f"{self.rows} rows will take {self.files} files, the disk of {out} has room for "
+            f"{self.rows} rows will take {self.files} files and folders, the disk of {out} has room for "
             f"{files} more: --set shard_rows={self.rows} would make fewer, larger ones"
         )
 

@@ -69,24 +69,20 @@ class CacheWriter:
         self._bytes_written = 0  # in the shards before it
         self._torn = False  # a row reached some arrays only: the open shard must not be committed
         if isinstance(path, Path) and not path.exists():
-            _create(path, manifest)
+            _create(path, _without_views(manifest))
         self._lock = locked(path)
         try:
             if isinstance(path, Url) and not (path / "zarr.json").is_file():
-                _create_at_url(path, manifest)
+                _create_at_url(path, _without_views(manifest))
             self._root = read_root(path)
             commits = read_commits(path, self._root)
             self.committed: set[RowKey] = {key for commit in commits for key in commit.keys}
-            found = self._root.manifest
-            if not any(key.view for key in self.committed):  # nothing was made by it yet
-                found = dataclasses.replace(found, augmentation=None)
-            self.manifest = as_found(manifest, found)
+            self.manifest = as_found(manifest, self._root.manifest)
             self._specs = self.manifest.arrays()
-            refuse_other(path, found, self.manifest)
+            refuse_other(path, self._root.manifest, self.manifest)
             self._shards = {commit.shard for commit in commits}
             self._free = 0  # all shards below it are committed
             self._sweep()
-            self._settle_augmentation()
             self._declare()  # nothing is reserved: whoever still writes one of those finds that it may not
             self._lengthen(self._root.array_rows)  # a killed writer may have done it in part
         except BaseException:
@@ -192,6 +188,8 @@ class CacheWriter:
 
     def _record(self, commit: Commit) -> None:
         self._lock.check()
+        if any(key.view for key in commit.keys):
+            self._settle_augmentation()
         target = self._path / commit_name(self._root.commits, commit.shard)
         make_folder(target.parent)
         write_atomic(target, commit.document())
@@ -266,7 +264,7 @@ class CacheWriter:
         return self._free
 
     def _settle_augmentation(self) -> None:
-        """Say in the root how the views are made that are to come."""
+        """Say in the root how the views are made of which the first are about to be committed."""
         manifest, augmentation = self._root.manifest, self.manifest.augmentation
         if augmentation == manifest.augmentation:
             return
@@ -356,6 +354,11 @@ def remove_replaced(path: Place, root: Root) -> Root:
     root = dataclasses.replace(root, replaced=())
     write_atomic(path / "zarr.json", root.document())
     return root
+
+
+def _without_views(manifest: Manifest) -> Manifest:
+    """What made further views is said when the first of them is committed."""
+    return dataclasses.replace(manifest, augmentation=None)
 
 
 def _create(path: Path, manifest: Manifest) -> None:

@@ -48,6 +48,8 @@ def _inputs(
         raise click.UsageError("give --images DIR")
     if sum((masks is not None, coco is not None, unlabelled)) != 1:
         raise click.UsageError("give --masks DIR, --coco FILE or --unlabelled, one of them")
+    if logits_only and options["yolo_target_layer"]:
+        raise click.UsageError("--tap is of the detector's features: not with --logits-only")
     if logits_only and features_only:
         raise click.UsageError("--logits-only and --features-only leave nothing to store")
     flags = {name: options.pop(name) for name in ExtractConfig.model_fields if name in options}

@@ -43,6 +43,7 @@ _LOW_MIOU = 0.5  # half of the picture wrong: no teacher to learn from
 _LIKELY, _SURE = 1.0, 2.0
 # Below so many photos the error itself is chance, and only a difference this large counts.
 _ENOUGH, _LARGE = 4, 0.1
+_EQUAL = 5e-4  # what shows as the same number
 LOOKED_AT = 8  # photos at most
 _TELLING = 0.1  # explained share below which the features know nothing of people in any form
 _RIDGE = 1e-3  # a thousandth of a unit variance: keeps the fit defined where channels repeat
@@ -209,7 +210,7 @@ def _better(scores: Mapping[str, F64], own: str) -> tuple[str, bool, str]:
         return "", False, ""
     name = max(scores, key=lambda name: scores[name].mean())
     difference = scores[name] - scores[own]
-    if difference.mean() <= 0:
+    if difference.mean() <= _EQUAL:
         return "", False, ""
     count = len(difference)
     if count < _ENOUGH:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kdcache.errors import CacheError, DatasetError, SampleError
+from kdcache.errors import DatasetError, SampleError
 from kdcache.imaging import IGNORE, U8, decode_mask, exif_orientation
 from kdcache.listing import by_stem, listed, read_file
 from kdcache.places import Place, Url, is_file
@@ -28,27 +28,6 @@ class Source(NamedTuple):
     label: bytes
 
 
-class Digests(NamedTuple):
-    """What tells a committed row's source files from others."""
-
-    image_bytes: int
-    image_sha256: str
-    label_sha256: str
-    pixels_sha256: str  # of the decoded image, so another encoding of it is the same
-
-    @classmethod
-    def of(cls, details: Mapping[str, Any]) -> Digests:
-        """From the details of a row; raises CacheError where an earlier kdcache kept fewer."""
-        names = ("source_bytes", "source_sha256", "label_sha256", "pixels_sha256")
-        try:
-            return cls(*(details[name] for name in names))
-        except KeyError as error:
-            raise CacheError(
-                f"the rows of this cache have no {error}: an earlier kdcache made it; nothing can "
-                "be appended to it, extract into another --out"
-            ) from error
-
-
 @dataclass(frozen=True, kw_only=True)
 class Sample:
     """One image and where its mask comes from: a file, COCO annotations, or nowhere."""
@@ -60,8 +39,6 @@ class Sample:
     # (height, width) that COCO states for the image; polygons live in that frame
     annotated_size_px: tuple[int, int] | None = None
     labelled: bool = True
-    # of its first view, which the cache has: the others must be of the same files
-    first_made_of: Digests | None = None
 
     def read(self) -> Source:
         """Read the source files, once; raises SampleError when one cannot be read."""

@@ -14,6 +14,7 @@ import socket
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,9 +107,7 @@ class _Done(NamedTuple):
     """A shard that a worker has written; `commit` is None where no photo of it could be used."""
 
     commit: Commit | None
-    skipped: dict[str, str]
-    doubtful: dict[str, str]
-    pixels: dict[RowKey, str]
+    tally: Tally
     times: StageTimes
 
 
@@ -222,14 +221,22 @@ def _write_all(
     pieces = list(_pieces(job.todo, writer.manifest.shard_rows))
     numbers = writer.free_shards(len(pieces))
     token = writer.reserve(numbers)
-    waiting = iter(zip(numbers, pieces, strict=True))
+    waiting = deque(zip(numbers, pieces, strict=True))
     running: set[Future[Any]] = set()
+    view = 0  # of the shards in work
     try:
         while True:
             room = 0 if stop.asked else places.count(job.device) - len(running)
-            for shard, todo in itertools.islice(waiting, max(0, room)):
-                work_on = (work, writer.manifest, shard, token, _absolute(todo))
+            while waiting and room > 0:
+                shard, todo = waiting[0]
+                if todo[0][0].view != view and running:
+                    break  # what the views before were made of is to be known
+                view = todo[0][0].view
+                waiting.popleft()
+                known = tally.of_photos(key[:2] for key, _ in todo)
+                work_on = (work, writer.manifest, shard, token, _absolute(todo), known)
                 running.add(_submitted(client, sent, _write_shard, *work_on))
+                room -= 1
             if not running:
                 writer.remove_temporary()  # of workers that were killed
                 return
@@ -238,7 +245,7 @@ def _write_all(
                 done: _Done = future.result()
                 if done.commit is not None:
                     writer.adopt(done.commit)
-                tally.add(done.pixels, done.skipped, done.doubtful)
+                tally.add(done.tally)
                 stages.add(done.times, places.workers)
                 bar.reach(tally.handled)
     finally:
@@ -410,7 +417,13 @@ def _look(work: _Work, todo: Todo, *sent: bytes) -> _Looked:
 
 
 def _write_shard(
-    work: _Work, manifest: Manifest, shard: int, token: str, todo: Todo, *sent: bytes
+    work: _Work,
+    manifest: Manifest,
+    shard: int,
+    token: str,
+    todo: Todo,
+    tally: Tally,
+    *sent: bytes,
 ) -> _Done:
     """Compute and write the files of one shard; the client commits it."""
     opened, wanted = _open(work, sent), still_wanted()
@@ -419,7 +432,7 @@ def _write_shard(
         _refuse_other_results(models.manifest, manifest)
         _check_sees(work.images, "the photos in")
         _check_sees(work.out / "zarr.json", "the cache at")
-        tally, stages = Tally(work.strict), Stages(_threads(work))
+        stages = Stages(_threads(work))
         rows = prepare(todo, work.how, _threads(work), tally, stages)
         size = work.batch_size or DEFAULT_BATCH[models.device]
         open_shard, commit = OpenShard(work.out, manifest, shard), None
@@ -445,7 +458,7 @@ def _write_shard(
         except BaseException:
             open_shard.abandon()
             raise
-    return _Done(commit, tally.skipped, tally.doubtful, tally.pixels, stages.times())
+    return _Done(commit, tally, stages.times())
 
 
 def _threads(work: _Work) -> int:

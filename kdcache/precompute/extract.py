@@ -180,7 +180,7 @@ def into_cache(
             doubtful=tally.doubtful,
             gone=gone(job.planned, job.known) if job.whole else [],
         )
-        same = twins(tally.pixels.items())
+        same = twins(tally.photos)
         # a stopped run has not seen all of the dataset
         writer.remark(_key(job.dataset, job.split), remarks, same, replace=not stop.asked)
         if stop.asked:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import itertools
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.cache import codecs
-from kdcache.cache.format import RowKey, describe_row
+from kdcache.cache.format import RowKey, describe_row, read_root
 from kdcache.cache.layout import IMAGE, MASK, ROWS, Manifest, TapSpec, logits_dtype
 from kdcache.cache.lock import refuse_unwritable
 from kdcache.cache.need import stored_bytes
@@ -22,13 +22,14 @@ from kdcache.cache.reader import Cache
 from kdcache.cache.writer import is_foreign, shard_kind
 from kdcache.config import ExtractConfig
 from kdcache.devices import present
-from kdcache.errors import CacheError, ConfigError, SampleError
+from kdcache.errors import CacheError, ConfigError, FingerprintError, SampleError
 from kdcache.imaging import INTERPOLATION
 from kdcache.onnx_session import Device
 from kdcache.places import Place, size_bytes
 from kdcache.precompute.coco import PERSON_CATEGORY
-from kdcache.precompute.dataset import Dataset, Digests, Sample, split_of
-from kdcache.precompute.sources import Preparation, Prepared, Tally
+from kdcache.precompute.dataset import Dataset, Sample, split_of
+from kdcache.precompute.policy import name_of
+from kdcache.precompute.sources import Digests, Preparation, Prepared, Tally
 from kdcache.precompute.teacher import Teacher
 from kdcache.precompute.yolo import Features, Yolo
 
@@ -111,13 +112,12 @@ def survey(
         raise CacheError(f"--out {out} exists and is not a kdcache cache; choose another")
     refuse_unwritable(out)
     known = _known(out)
-    tally.pixels |= {key: digests.pixels_sha256 for key, digests in known.items()}
+    for key, digests in sorted(known.items(), key=lambda item: item[0].view):
+        tally.photos.setdefault(key[:2], digests)
     _refuse_second_split(planned, known, out)
-    todo = [
-        (key, dataclasses.replace(sample, first_made_of=known.get(key._replace(view=0))))
-        for key, sample in planned
-        if key not in known
-    ]
+    if how.augmentation and any(key.view for key in known):
+        _refuse_other_views(out, read_root(out).manifest.augmentation or {}, how.augmentation)
+    todo = [(key, sample) for key, sample in planned if key not in known]
     return Survey(
         dataset=dataset,
         how=how,
@@ -185,6 +185,16 @@ def _refuse_second_split(
                 f"{key.sample_id} is in {out} as {split}, now it would be added as {key.split} "
                 "too; use the --val-fraction, seed and --split it was extracted with"
             )
+
+
+def _refuse_other_views(out: Place, made: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """In the words of the options that were, and are, given; the writer looks at each setting."""
+    said = [name_of(one["policy"]) for one in (made, asked)]
+    if said[0] != said[1]:
+        raise FingerprintError(
+            f"{out} has views that were made with --augment {said[0]}, now {said[1]} was asked for; make "
+            f"further ones as those were made (--augment {said[0]}), or write to another place"
+        )
 
 
 def gone(planned: Sequence[tuple[RowKey, Sample]], known: Mapping[RowKey, Digests]) -> list[str]:

@@ -210,7 +210,7 @@ def _image_s(
         writer.commit()
         if stop.asked:
             raise KeyboardInterrupt
-    return (time.monotonic() - started) / max(len(tally.pixels), 1)
+    return (time.monotonic() - started) / max(tally.rows, 1)
 
 
 def _pixels_bytes(job: Job, workers: int, tally: Tally) -> float:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -196,16 +197,41 @@ def read_policy(augment: str) -> Policy:
     path = Path(augment)
     if not path.is_file():
         raise ConfigError(
-            f"augment {augment}: no such file, and no policy of that name; "
-            f"named policies: {', '.join(NAMED_POLICIES)}"
+            f"augment {augment}: {'a folder' if path.is_dir() else 'no such file'}, and no policy of "
+            f"that name; named policies: {', '.join(NAMED_POLICIES)}"
         )
     try:
-        return Policy.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+        # Windows' editor begins a file with a mark of its encoding
+        tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        policy = Policy.model_validate(tables)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"augment {augment}: not valid TOML: {error}") from error
     except ValidationError as error:
         problems = "; ".join(_describe(problem) for problem in error.errors())
         raise ConfigError(f"augment {augment}: {problems}") from error
+    for name, table in tables.items():
+        if "probability" not in table:
+            raise ConfigError(f"augment {augment}: [{name}] says no probability, from 0 to 1")
+    if not in_use(policy):
+        raise ConfigError(
+            f"augment {augment}: no transform has a probability above 0, so every view would be the photo "
+            f"as it is; tables there can be: {', '.join(Policy.model_fields)}"
+        )
+    return policy
+
+
+def in_use(policy: Policy) -> dict[str, Any]:
+    """The transforms that are on, by name, as JSON has them: those of later versions are off here."""
+    transforms = policy.model_dump(mode="json").items()
+    return {name: settings for name, settings in transforms if settings["probability"]}
+
+
+def name_of(transforms: Mapping[str, Any]) -> str:
+    """What `--augment` is called whose transforms in use these are."""
+    for name, policy in NAMED_POLICIES.items():
+        if in_use(policy) == transforms:
+            return name
+    return f"a policy of {', '.join(transforms)}"
 
 
 def _describe(problem: Any) -> str:
@@ -216,7 +242,10 @@ def _describe(problem: Any) -> str:
         return f"unknown key {key!r}; nearest known: {nearest(str(unknown), known.model_fields)}"
     if problem["type"] == "model_type":
         return f"{key} = {problem['input']!r}: expected a table, [{key}] with probability = …"
-    return f"{key} = {problem['input']!r}: {problem['msg'].removeprefix('Value error, ')}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] in ("tuple_type", "too_short", "too_long", "missing"):
+        message = "expected [low, high]"
+    return f"{key} = {problem['input']!r}: {message}"
 
 
 def draw(policy: Policy, seed: int, sample_id: str, view: int) -> Parameters:

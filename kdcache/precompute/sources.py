@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 from kdcache.cache.format import RowKey, augmentation_digest
 from kdcache.config import ExtractConfig, ResizeMode
-from kdcache.errors import DatasetError, SampleError
+from kdcache.errors import CacheError, DatasetError, SampleError
 from kdcache.imaging import U8, decode_image, exif_orientation, place, resize_image, resize_mask
 from kdcache.places import THREADS_AT_URL, Url
-from kdcache.precompute.dataset import Digests, Sample
-from kdcache.precompute.policy import Policy, draw, read_policy
+from kdcache.precompute.dataset import Sample
+from kdcache.precompute.policy import Policy, draw, in_use, read_policy
 from kdcache.precompute.stages import DECODE, Stages
 from kdcache.precompute.views import apply
 from kdcache.progress import Progress
@@ -27,6 +27,30 @@ from kdcache.tables import printable
 log = logging.getLogger(__name__)
 
 _WARNINGS = 20  # of a dirty dataset's thousands; all are in the report and in the cache
+
+
+class Digests(NamedTuple):
+    """What tells a committed row's source files from others."""
+
+    image_bytes: int
+    image_sha256: str
+    label_sha256: str
+    pixels_sha256: str  # of the decoded image, so another encoding of it is the same
+
+    @classmethod
+    def of(cls, details: Mapping[str, Any]) -> Digests:
+        """From the details of a row; raises CacheError where an earlier kdcache kept fewer."""
+        names = ("source_bytes", "source_sha256", "label_sha256", "pixels_sha256")
+        try:
+            return cls(*(details[name] for name in names))
+        except KeyError as error:
+            raise CacheError(
+                f"the rows of this cache have no {error}: an earlier kdcache made it; nothing can "
+                "be appended to it, extract into another --out"
+            ) from error
+
+
+Photo = tuple[str, str]  # split and sample id
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +70,10 @@ class Preparation:
 
     @property
     def augmentation(self) -> dict[str, Any] | None:
-        """What the manifest says of it: the transforms that are on, for later ones will be off here."""
+        """What the manifest says of it."""
         if self.policy is None:
             return None
-        transforms = self.policy.model_dump(mode="json").items()
-        return {"policy": {n: t for n, t in transforms if t["probability"]}, "seed": self.seed}
+        return {"policy": in_use(self.policy), "seed": self.seed}
 
 
 class Prepared(NamedTuple):
@@ -69,26 +92,50 @@ class Tally:
     def __init__(self, strict: bool) -> None:
         self.skipped: dict[str, str] = {}  # sample id or file name to reason
         self.doubtful: dict[str, str] = {}  # sample id to why its mask may not fit it
-        self.pixels: dict[RowKey, str] = {}  # `pixels_sha256` of the rows there are
+        self.photos: dict[Photo, Digests] = {}  # what the rows of a sample are made of
+        self.rows = 0
         self.handled = 0
         self._strict = strict
 
+    def same_photo(self, row: Prepared) -> None:
+        """Raise SampleError where the row is of other files than the earlier views of its sample.
+
+        Those may have been read hours ago, or by an earlier run.
+        """
+        made_of = Digests.of(row.details)
+        if row.key.view and row.key.sample_id in self.skipped:
+            raise SampleError(self.skipped[row.key.sample_id])
+        if self.photos.setdefault(row.key[:2], made_of) != made_of:
+            raise SampleError(
+                f"its photo or mask was another when an earlier view was made of it, and view "
+                f"{row.key.view} must be of the same"
+            )
+
     def written(self, row: Prepared) -> None:
-        """The sample is a row now."""
-        self.pixels[row.key] = row.details["pixels_sha256"]
+        """The view is a row now."""
         if row.doubt:
             self.doubtful[row.key.sample_id] = row.doubt
+        self.rows += 1
         self.handled += 1
 
-    def add(
-        self, pixels: Mapping[RowKey, str], skipped: Mapping[str, str], doubtful: Mapping[str, str]
-    ) -> None:
+    def add(self, other: Tally) -> None:
         """What became of the samples of a shard; raises DatasetError for a skipped one when `strict`."""
-        self.pixels.update(pixels)
-        self.doubtful.update(doubtful)
-        self.handled += len(pixels)
-        for sample_id, reason in skipped.items():
+        self.photos.update(other.photos)
+        self.doubtful.update(other.doubtful)
+        self.rows += other.rows
+        self.handled += other.rows
+        for sample_id, reason in other.skipped.items():
             self.skip(sample_id, reason)
+
+    def of_photos(self, photos: Iterable[Photo]) -> Tally:
+        """A new one that knows what is known of these photos, for a process that makes views of them."""
+        known = Tally(self._strict)
+        for photo in photos:
+            if photo in self.photos:
+                known.photos[photo] = self.photos[photo]
+            if photo[1] in self.skipped:
+                known.skipped[photo[1]] = self.skipped[photo[1]]
+        return known
 
     def skip(self, sample_id: str, reason: str) -> None:
         """The sample cannot be a row; raises DatasetError when `strict`."""
@@ -123,9 +170,12 @@ def prepare(
     def finished() -> Iterator[Prepared]:
         key, future = waiting.popleft()
         try:
-            yield future.result()
+            row = future.result()
+            tally.same_photo(row)
         except SampleError as error:
             tally.skip(key.sample_id, str(error))
+        else:
+            yield row
 
     clock = stages or Stages(workers)
 
@@ -157,10 +207,6 @@ def _decoded(key: RowKey, sample: Sample, how: Preparation) -> Prepared:
         "label_sha256": _sha256(source.label),
         "pixels_sha256": _sha256(json.dumps(image.shape).encode(), image.data),
     }
-    if sample.first_made_of not in (None, Digests.of(digests)):
-        raise SampleError(
-            "its photo or mask is another than its first view was made of, and views are of one photo"
-        )
     if how.policy is None or not key.view:
         where = place(height, width, how.size_px, how.resize)
         made: dict[str, Any] = {
@@ -221,16 +267,15 @@ def _change(sample: Sample, known: Digests) -> str:
     return ""
 
 
-def twins(rows: Iterable[tuple[RowKey, str]]) -> list[tuple[str, str]]:
-    """(train id, val id) of images with the same pixels, from keys and `pixels_sha256`.
+def twins(photos: Mapping[Photo, Digests]) -> list[tuple[str, str]]:
+    """(train id, val id) of images with the same pixels.
 
     A photo on both sides makes the validation score look better than it is. Each such photo is in
     one pair at least.
     """
     ids_of: dict[str, dict[str, list[str]]] = {}
-    for key, digest in rows:
-        if not key.view:
-            ids_of.setdefault(digest, {}).setdefault(key.split, []).append(key.sample_id)
+    for (split, sample_id), made_of in photos.items():
+        ids_of.setdefault(made_of.pixels_sha256, {}).setdefault(split, []).append(sample_id)
     pairs = []
     for ids in ids_of.values():
         train, val = ids.get("train", []), ids.get("val", [])

@@ -12,13 +12,16 @@ from conftest import rows_equal
 
 from kdcache.cache.copy import copy_cache
 from kdcache.cache.format import augmentation_digest, read_remarks, read_root
+from kdcache.cache.info import describe
 from kdcache.cache.reader import Cache
 from kdcache.cache.thin import Thinning
 from kdcache.cache.verify import verify
 from kdcache.cache.writer import CacheWriter
+from kdcache.cluster import local_workers
 from kdcache.errors import CacheError, FingerprintError
 from kdcache.imaging import decode_image, decode_mask
 from kdcache.precompute.dataset import folder_dataset
+from kdcache.precompute.distributed import extract_on
 from kdcache.precompute.extract import extract
 from kdcache.precompute.plan import plan
 from kdcache.precompute.views import apply
@@ -135,7 +138,7 @@ def test_neither_order_nor_threads_decide_a_view(standins, several, tmp_path, wo
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"augment": "light"}, r"views that were made with policy\.\w+.* was asked for"),
+        ({"augment": "light"}, "views .* with --augment heavy, now light was asked for"),
         ({"seed": 1, "val_fraction": 0.0}, "seed = 0, now 1 was asked for"),
     ],
 )
@@ -147,30 +150,50 @@ def test_views_of_another_policy_are_refused_by_name(standins, tmp_path, change,
     assert len(Cache(tmp_path / "c")) == 6
 
 
-def test_what_no_row_was_made_by_may_be_changed(standins, tmp_path):
+def test_a_policy_of_ones_own_is_named_by_its_settings(standins, tmp_path):
+    policies = [tmp_path / "a.toml", tmp_path / "b.toml"]
+    for path, most in zip(policies, (1.5, 1.6), strict=True):
+        path.write_text(f"[window]\nprobability = 1.0\nscale = [1.0, {most}]\n")
+    standins.extract(tmp_path / "c", limit=2, views=2, augment=str(policies[0]), val_fraction=0.0)
+    words = r"policy.window.scale = \[1.0, 1.5\], now \[1.0, 1.6\] was asked for"
+    with pytest.raises(FingerprintError, match=words):
+        standins.extract(tmp_path / "c", views=2, augment=str(policies[1]), val_fraction=0.0)
+
+
+def test_what_no_row_was_made_by_may_be_changed(standins, tmp_path, monkeypatch):
     """Stopped before its first view but 0, an extraction may be asked for another policy."""
-    standins.extract(tmp_path / "c", limit=2)
-    with CacheWriter(tmp_path / "c", _with_policy(tmp_path / "c", "never used")):
-        pass
-    assert read_root(tmp_path / "c").manifest.augmentation == {"policy": "never used"}
-    standins.extract(tmp_path / "c", **VIEWS)
+    append = CacheWriter.append
+
+    def stopped(self, row):
+        if row.key.view:
+            raise KeyboardInterrupt
+        append(self, row)
+
+    monkeypatch.setattr(CacheWriter, "append", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        standins.extract(tmp_path / "c", **VIEWS)
+    assert read_root(tmp_path / "c").manifest.augmentation is None
+    monkeypatch.undo()
+    standins.extract(tmp_path / "c", views=2, augment="light")
     assert verify(tmp_path / "c").ok
 
 
-def _with_policy(path, policy):
-    return dataclasses.replace(read_root(path).manifest, augmentation={"policy": policy})
+def test_rows_of_validation_alone_have_no_further_views(standins, tmp_path):
+    dataset = folder_dataset(standins.images, standins.masks)
+    extract(standins.config(**VIEWS), dataset, tmp_path / "c", split="val", device="cpu")
+    assert read_root(tmp_path / "c").manifest.augmentation is None
+    assert describe(Cache(tmp_path / "c"))["rows_by_view"] == {0: 10}
 
 
-def test_verify_names_rows_of_another_augmentation(standins, several, tmp_path):
+def test_verify_names_rows_of_another_augmentation(several, tmp_path):
     """As of two caches in one folder, whose manifests differ in that alone."""
-    standins.extract(tmp_path / "c")
-    with CacheWriter(tmp_path / "c", _with_policy(tmp_path / "c", "another")):
-        pass
-    shutil.copytree(several.path, tmp_path / "d")
-    shutil.copy(tmp_path / "c/zarr.json", tmp_path / "d/zarr.json")
-    report = verify(tmp_path / "d")
+    shutil.copytree(several.path, tmp_path / "c")
+    root = read_root(tmp_path / "c")
+    other = dataclasses.replace(root.manifest, augmentation={"policy": "another"})
+    (tmp_path / "c/zarr.json").write_bytes(dataclasses.replace(root, manifest=other).document())
+    report = verify(tmp_path / "c")
     assert not report.ok
-    assert any("made by another augmentation" in problem.problem for problem in report.bad)
+    assert all("made by another augmentation" in problem.problem for problem in report.bad)
 
 
 def test_views_are_of_the_photo_that_the_first_was_made_of(standins, tmp_path):
@@ -182,8 +205,40 @@ def test_views_are_of_the_photo_that_the_first_was_made_of(standins, tmp_path):
     config = standins.config(**settings, views=2)
     report = extract(config, dataset, tmp_path / "c", device="cpu")
     assert list(report.skipped) == ["scene_000.jpg"]
-    assert "another than its first view was made of" in report.skipped["scene_000.jpg"]
+    assert "another when an earlier view was made" in report.skipped["scene_000.jpg"]
     assert report.rows_total == 10 + 9
+
+
+@pytest.mark.parametrize("broken_first", [False, True])
+@pytest.mark.parametrize("scheduler", ["here", "workers"])
+def test_a_photo_that_changes_between_its_views_in_one_run_has_views_of_one(
+    standins, tmp_path, monkeypatch, broken_first, scheduler
+):
+    """Views are hours apart; replaced when its first view is written, or unreadable until then."""
+    shutil.copytree(standins.images, tmp_path / "images")
+    photo = tmp_path / "images/scene_009.jpg"
+    other = (standins.images / "scene_001.jpg").read_bytes()
+    if broken_first:
+        photo.write_bytes(b"broken")
+    record = CacheWriter._record
+
+    def replaced(self, commit):
+        record(self, commit)
+        if sum(not key.view for key in self.committed) == (9 if broken_first else 10):
+            photo.write_bytes(other)
+
+    monkeypatch.setattr(CacheWriter, "_record", replaced)
+    dataset = folder_dataset(tmp_path / "images", standins.masks)
+    config = standins.config(views=3, val_fraction=0.0, shard_rows=5)
+    if scheduler == "here":
+        report = extract(config, dataset, tmp_path / "c", device="cpu", workers=1)
+    else:
+        with local_workers(2, device="cpu", nthreads=1) as client:
+            report = extract_on(client, config, dataset, tmp_path / "c", device="cpu")
+    views = [key.view for key in Cache(tmp_path / "c").keys if key.sample_id == "scene_009.jpg"]
+    assert list(report.skipped) == ["scene_009.jpg"]
+    assert views == ([] if broken_first else [0])
+    assert len(Cache(tmp_path / "c")) == 27 + len(views)
 
 
 def test_a_damaged_photo_is_skipped_once_and_photos_in_both_splits_are_told_once(

@@ -13,7 +13,7 @@ from policies import TRANSFORMS, always
 from pydantic import ValidationError
 
 from kdcache.errors import ConfigError
-from kdcache.precompute.policy import Policy, draw, read_policy
+from kdcache.precompute.policy import Policy, draw, in_use, name_of, read_policy
 
 
 def test_a_view_is_the_same_in_any_order_and_thread_and_leaves_global_generators_alone():
@@ -121,7 +121,11 @@ def test_what_a_file_leaves_out_is_off_and_has_the_ranges_of_heavy(tmp_path):
         ("[fog]\ndensity = [0.6, 0.2]", r"fog\.density = .*: expected \[low, high\], from 0 to 1"),
         ("[fog]\ndensity = [0.6, nan]", r"fog\.density = .*: expected \[low, high\]"),
         ("[fog]\ndensity = [0.6]", r"fog\.density"),
-        ("[fog]\ndensity = 0.6", r"fog\.density = 0\.6: .* valid tuple"),
+        ("[fog]\ndensity = 0.6", r"fog\.density = 0\.6: expected \[low, high\]"),
+        ("[fog]\ndensity = [0.2, 0.3, 0.6]", r"fog\.density = .*: expected \[low, high\]$"),
+        ("[window]\nscale = [1, 2]", r"\[window\] says no probability, from 0 to 1"),
+        ("", "no transform has a probability above 0, .* there can be: flip, window, colour"),
+        ("[flip]\nprobability = 0", "no transform has a probability above 0"),
         ("[window]\nscale = [0.1, 2]", r"window\.scale = .*: .* from 0\.25 to 8"),
         ("[rain]\nstreaks = [1.5, 2]", r"rain\.streaks\.0 = 1\.5: .* valid integer"),
         ("flip = 0.5", r"flip = 0\.5: expected a table, \[flip\]"),
@@ -139,7 +143,7 @@ def test_a_wrong_file_is_refused_with_the_key_and_what_was_expected(text, messag
 def test_a_file_that_is_not_there_or_not_text_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"strong: no such file.*named policies: light, heavy"):
         read_policy("strong")
-    with pytest.raises(ConfigError, match="no such file"):
+    with pytest.raises(ConfigError, match="a folder, and no policy of that name"):
         read_policy(str(tmp_path))
     (tmp_path / "a.toml").write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match="not valid TOML"):
@@ -149,3 +153,14 @@ def test_a_file_that_is_not_there_or_not_text_is_refused(tmp_path):
 def test_a_policy_cannot_be_changed():
     with pytest.raises(ValidationError, match="frozen"):
         read_policy("heavy").fog.probability = 1.0
+
+
+def test_a_file_of_windows_editor_is_read(tmp_path):
+    (tmp_path / "a.toml").write_bytes(b"\xef\xbb\xbf[flip]\r\nprobability = 0.5\r\n")
+    assert read_policy(str(tmp_path / "a.toml")).flip.probability == 0.5
+
+
+def test_what_is_on_is_named_as_it_was_asked_for():
+    for name in ("light", "heavy"):
+        assert name_of(in_use(read_policy(name))) == name
+    assert name_of({"flip": {}, "fog": {}}) == "a policy of flip, fog"

@@ -16,7 +16,6 @@ from kdcache import durable
 from kdcache.cache.format import (
     SKIPPED,
     Remarks,
-    RowKey,
     describe_row,
     read_remarks,
     signed_document,
@@ -27,7 +26,7 @@ from kdcache.cli import main
 from kdcache.errors import CacheError, DatasetError
 from kdcache.precompute.dataset import Dataset, Sample, folder_dataset, unlabelled_dataset
 from kdcache.precompute.extract import extract
-from kdcache.precompute.sources import twins
+from kdcache.precompute.sources import Digests, twins
 
 
 @pytest.fixture
@@ -100,10 +99,10 @@ def test_same_pixels_in_train_and_val_are_reported_whatever_their_encoding(stand
 
 
 def test_every_copy_in_train_and_val_is_in_a_pair():
-    rows = [(RowKey("train", f"t{n}", 0), "same") for n in range(4)]
-    rows += [(RowKey("val", f"v{n}", 0), "same") for n in range(2)]
-    rows += [(RowKey("train", "alone", 0), "other")]
-    named = {name for pair in twins(rows) for name in pair}
+    same, other = (Digests(1, "", "", pixels) for pixels in ("same", "other"))
+    photos = {("train", f"t{n}"): same for n in range(4)} | {("train", "alone"): other}
+    photos |= {("val", f"v{n}"): same for n in range(2)}
+    named = {name for pair in twins(photos) for name in pair}
     assert named == {"t0", "t1", "t2", "t3", "v0", "v1"}
 
 
