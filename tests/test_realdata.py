@@ -90,7 +90,7 @@ def test_unfriendly_detector_is_tapped_inside_and_its_odd_grid_refused(realdata)
     with pytest.raises(ModelError, match="80×60×80 for a 640×640"):
         Yolo(
             realdata / "yolov9_n_wholebody25_post_0100_1x3x480x640.onnx",
-            tap=TAP_P3,
+            taps=[TAP_P3],
             expects="bgr255",
             device="cpu",
             size_px=640,

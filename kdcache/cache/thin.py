@@ -126,7 +126,9 @@ def changes(cache: Cache, thinning: Thinning, after: Manifest) -> list[str]:
     words = []
     if thinning.split is not None:
         words.append(f"rows of split {thinning.split} only")
-    if thinning.views is not None and thinning.views <= max(k.view for k in cache.keys):
+    if thinning.views is not None and thinning.views <= max(
+        (key.view for key in cache.keys), default=0
+    ):
         words.append("the first view only" if thinning.views == 1 else f"{thinning.views} views")
     for tap in before.taps:
         if tap.name not in kept:
