@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
+from kdcache.cache.compatible import as_found, refuse_other
 from kdcache.cache.format import (
     Commit,
     manifest_digest,
@@ -28,7 +29,7 @@ from kdcache.cache.parts import Loss, Part, parts_of
 from kdcache.cache.reader import Cache
 from kdcache.cache.shard import ObjectRecord, ShardFile, encode_chunk
 from kdcache.cache.thin import Thinning, changes
-from kdcache.cache.writer import CacheWriter, as_found, is_foreign, refuse_other
+from kdcache.cache.writer import CacheWriter, is_foreign
 from kdcache.durable import NewFile, fsync
 from kdcache.errors import CacheError, StorageError
 from kdcache.places import Place, Url, read_blocks, resolved

@@ -15,6 +15,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from kdcache.cache.create import array_document
 from kdcache.cache.format import (
     Commit,
     Root,
@@ -33,7 +34,7 @@ from kdcache.cache.format import (
 from kdcache.cache.layout import Manifest
 from kdcache.cache.lock import locked
 from kdcache.cache.shard import ShardFile, encode_chunk
-from kdcache.cache.writer import array_document, remove_replaced
+from kdcache.cache.writer import remove_replaced
 from kdcache.durable import TEMPORARY_SUFFIX, fsync, write_atomic
 from kdcache.errors import CacheError
 from kdcache.places import Place, files_below, make_folder, remove_folder

@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import glob
 import itertools
-import json
 import logging
-import os
 import shutil
 import threading
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
-import zarr
 from numpy.typing import NDArray
-from zarr.abc.codec import BytesBytesCodec
-from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
-from zarr.storage import MemoryStore
 
+from kdcache.cache.compatible import as_found, refuse_other
+from kdcache.cache.create import create, create_at_url
 from kdcache.cache.format import (
     AllRemarks,
     Commit,
@@ -32,21 +27,18 @@ from kdcache.cache.format import (
     Root,
     RowKey,
     commit_name,
-    group_document,
     manifest_digest,
     node_bytes,
-    node_digest,
     read_commits,
     read_node,
     read_remarks,
     read_root,
 )
-from kdcache.cache.layout import ArraySpec, Manifest
-from kdcache.cache.lock import FolderLock, locked
+from kdcache.cache.layout import Manifest
+from kdcache.cache.lock import locked
 from kdcache.cache.open_shard import EncodedRow, OpenShard, encoded_row
-from kdcache.cache.shard import LZ4_LEVEL, ZSTD_LEVEL
 from kdcache.durable import TEMPORARY_SUFFIX, fsync, write_atomic
-from kdcache.errors import CacheError, FingerprintError, KdcacheError
+from kdcache.errors import CacheError, KdcacheError
 from kdcache.places import Place, Url, files_below, make_folder, remove_folder
 
 log = logging.getLogger(__name__)
@@ -69,11 +61,11 @@ class CacheWriter:
         self._bytes_written = 0  # in the shards before it
         self._torn = False  # a row reached some arrays only: the open shard must not be committed
         if isinstance(path, Path) and not path.exists():
-            _create(path, _without_views(manifest))
+            create(path, manifest)
         self._lock = locked(path)
         try:
             if isinstance(path, Url) and not (path / "zarr.json").is_file():
-                _create_at_url(path, _without_views(manifest))
+                create_at_url(path, manifest)
             self._root = read_root(path)
             commits = read_commits(path, self._root)
             self.committed: set[RowKey] = {key for commit in commits for key in commit.keys}
@@ -356,174 +348,6 @@ def remove_replaced(path: Place, root: Root) -> Root:
     return root
 
 
-def _without_views(manifest: Manifest) -> Manifest:
-    """What made further views is said when the first of them is committed."""
-    return dataclasses.replace(manifest, augmentation=None)
-
-
-def _create(path: Path, manifest: Manifest) -> None:
-    """Lay out an empty cache beside `path` and give it its name when all of it is on disk."""
-    documents = _documents(manifest)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CacheError(f"cannot create {path}: {error.strerror} ({path.parent})") from error
-    _sweep_staging(path)
-    staging = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
-    try:
-        staging.mkdir()
-        held = FolderLock(staging)
-        try:
-            for name, document in documents.items():
-                (staging / name).mkdir(parents=True, exist_ok=True)
-                write_atomic(staging / name / "zarr.json", document)
-            staging.rename(path)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-            held.close()
-    except OSError as error:
-        # two writers started at once, and one may have swept away what the other had begun
-        if path.exists() or isinstance(error, FileNotFoundError):
-            raise CacheError(f"{path} was just made by another process; run again") from error
-        raise CacheError(
-            f"cannot create {path}: {error.strerror}; nothing is left of it"
-        ) from error
-    fsync(path.parent)
-
-
-def _create_at_url(path: Url, manifest: Manifest) -> None:
-    """Lay out an empty cache; the root's document, without which there is none, comes last."""
-    for name, document in _documents(manifest).items():
-        (path / name / "zarr.json" if name != "." else path / "zarr.json").write_bytes(document)
-
-
-def _documents(manifest: Manifest) -> dict[str, bytes]:
-    """The zarr.json of every node of an empty cache by its path, the root's (`.`) last."""
-    groups: dict[str, dict[str, Any]] = {"commits": {}, "features": {}}
-    groups |= {tap.folder: tap.as_json() for tap in manifest.taps}
-    documents = {name: group_document(attributes) for name, attributes in groups.items()}
-    documents |= {spec.path: array_document(spec, manifest) for spec in manifest.arrays()}
-    nodes = {name: node_digest(json.loads(text)) for name, text in documents.items()}
-    documents["skipped"] = AllRemarks().document()
-    documents["."] = Root(manifest=manifest, nodes=nodes, array_rows=0, shards=0).document()
-    return documents
-
-
-def _sweep_staging(path: Path) -> None:
-    """Remove what killed processes left of creating the same cache."""
-    for folder in path.parent.glob(f"{glob.escape(path.name)}.*{TEMPORARY_SUFFIX}"):
-        with contextlib.suppress(CacheError, OSError):  # another process is at it
-            held = FolderLock(folder)
-            shutil.rmtree(folder, ignore_errors=True)
-            held.close()
-
-
-def array_document(spec: ArraySpec, manifest: Manifest) -> bytes:
-    """The zarr.json of an array without rows, in zarr-python's own words."""
-    store = MemoryStore()
-    compressors: dict[str, list[BytesBytesCodec]] = {
-        "zstd": [ZstdCodec(level=ZSTD_LEVEL, checksum=True)],
-        "lz4": [
-            BloscCodec(
-                cname="lz4",
-                clevel=LZ4_LEVEL,
-                shuffle="bitshuffle",
-                typesize=np.dtype(spec.stored.dtype).itemsize,
-            )
-        ],
-        "none": [],
-    }
-    zarr.create_array(
-        store,
-        shape=(0, *spec.stored.shape),
-        chunks=(1, *spec.stored.shape),
-        shards=(manifest.shard_rows, *spec.stored.shape),
-        dtype=spec.stored.dtype,
-        fill_value=spec.fill_value,
-        filters=None,
-        compressors=[*compressors[manifest.compression], Crc32cCodec()],
-        # "." keeps a shard one file in the array's folder; "/" makes two folders a file
-        chunk_key_encoding={"name": "default", "separator": "."},
-        dimension_names=("row", *spec.stored.dimensions),
-        attributes=spec.attributes(),
-    )
-    return node_bytes(json.loads(store._store_dict["zarr.json"].to_bytes()))
-
-
 def shard_kind(key: RowKey) -> tuple[str, int]:
     """Rows of one shard have this in common."""
     return key.split, key.view
-
-
-def as_found(asked: Manifest, found: Manifest) -> Manifest:
-    """What was asked for, with parts that were refreshed under the names they have since.
-
-    Who asks for no further views leaves those that there are.
-    """
-    generations = {tap.name: tap.generation for tap in found.taps}
-    return dataclasses.replace(
-        asked,
-        augmentation=asked.augmentation or found.augmentation,
-        logits_generation=found.logits_generation,
-        taps=tuple(
-            dataclasses.replace(tap, generation=generations.get(tap.name, 0)) for tap in asked.taps
-        ),
-    )
-
-
-def refuse_other(path: Place, found: Manifest, asked: Manifest) -> None:
-    """Raise FingerprintError rather than mix rows made in two ways, with what differs.
-
-    A change of library versions is only worth a warning.
-    """
-    for what, here, wanted in (
-        ("features", bool(found.taps), bool(asked.taps)),
-        ("teacher logits", found.logits_dtype is not None, asked.logits_dtype is not None),
-    ):
-        if here != wanted:
-            addable = wanted and what == "teacher logits"
-            raise FingerprintError(
-                f"{path} was extracted {'with' if here else 'without'} {what}, now it is to be "
-                f"{'with' if wanted else 'without'}: write to another place, or use the options it "
-                "was made with" + (", or --refresh teacher, which adds them" if addable else "")
-            )
-    for field in sorted(found.fingerprint.keys() | asked.fingerprint.keys()):
-        old, new = found.fingerprint.get(field), asked.fingerprint.get(field)
-        if old != new:
-            raise FingerprintError(
-                f"{path} was made with {field} = {old}, now {new} was asked for; "
-                + (
-                    "it is a copy that was rounded twice: add the rows to what it was copied from, and "
-                    "run that `kdcache copy` again"
-                    if " of " in f"{old}"
-                    else "write to another place, or use the settings and files the cache was made with"
-                )
-            )
-    if found.augmentation and asked.augmentation != found.augmentation:
-        raise FingerprintError(
-            f"{path} has views that were made with "
-            f"{_difference(found.augmentation, asked.augmentation or {})}; make further ones as those "
-            "were made, or write to another place"
-        )
-    for field in ("shard_rows", "compression", "size_px", "logits_dtype", "taps"):
-        old, new = getattr(found, field), getattr(asked, field)
-        if old != new:
-            raise FingerprintError(
-                f"{path} was written with {field} = {old}, now {new} was asked for; "
-                "write to another place, or use the settings the cache was made with"
-            )
-    for library in sorted(found.versions.keys() & asked.versions.keys()):
-        old, new = found.versions[library], asked.versions[library]
-        if old != new:
-            log.warning("the cache was made with %s %s, this is %s", library, old, new)
-
-
-def _difference(found: Mapping[str, Any], asked: Mapping[str, Any], within: str = "") -> str:
-    """The first setting in which two nested mappings differ, in words."""
-    for name in sorted(found.keys() | asked.keys()):
-        old, new = found.get(name), asked.get(name)
-        if isinstance(old, Mapping) and isinstance(new, Mapping) and old != new:
-            return _difference(old, new, f"{within}{name}.")
-        if old != new:
-            return f"{within}{name} = {old}, now {new} was asked for"
-    raise AssertionError(f"{found} and {asked} are equal")

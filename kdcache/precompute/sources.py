@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from kdcache.cache.format import RowKey, augmentation_digest
@@ -68,12 +69,17 @@ class Preparation:
         policy = read_policy(config.augment) if config.views > 1 else None
         return cls(size_px=config.size, resize=config.resize, policy=policy, seed=config.seed)
 
-    @property
+    @cached_property
     def augmentation(self) -> dict[str, Any] | None:
         """What the manifest says of it."""
         if self.policy is None:
             return None
         return {"policy": in_use(self.policy), "seed": self.seed}
+
+    @cached_property
+    def made_by(self) -> str:
+        """What each row of a further view says of it."""
+        return augmentation_digest(self.augmentation or {})
 
 
 class Prepared(NamedTuple):
@@ -216,7 +222,7 @@ def _decoded(key: RowKey, sample: Sample, how: Preparation) -> Prepared:
     else:
         drawn = draw(how.policy, how.seed, key.sample_id, key.view)
         image, mask, made = apply(drawn, image, mask, how.size_px, how.resize)
-        made |= {"augmentation": augmentation_digest(how.augmentation or {}), "drawn": drawn}
+        made |= {"augmentation": how.made_by, "drawn": drawn}
     details = {
         **digests,
         "source_height_px": height,

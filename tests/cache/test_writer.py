@@ -157,7 +157,7 @@ def test_of_two_that_create_a_cache_at_once_one_is_told_of_the_other(tmp_path, m
         shutil.rmtree(folder)
         return FolderLock(folder)
 
-    monkeypatch.setattr("kdcache.cache.writer.FolderLock", swept)
+    monkeypatch.setattr("kdcache.cache.create.FolderLock", swept)
     with pytest.raises(CacheError, match="was just made by another process; run again"):
         CacheWriter(tmp_path / "c", MANIFEST)
     monkeypatch.undo()

@@ -10,7 +10,7 @@ import signal
 import pytest
 import torch
 from safetensors.torch import save_file
-from training import FAST, config, metrics, state_digest, train
+from training import FAST, assert_resumes_bit_for_bit, config, metrics, state_digest, train
 
 from kdcache.cache.reader import Cache
 from kdcache.config import TrainConfig
@@ -40,25 +40,10 @@ def run(cache, tmp_path_factory):
     ],
     ids=["float32", "bfloat16", "compiled"],
 )
-def test_resume_continues_as_if_never_stopped(cache, tmp_path, monkeypatch, changes):
+def test_resume_continues_as_if_never_stopped(cache, tmp_path, changes):
     """Stopped in the middle of the second epoch, then resumed, equals one go: bit for bit."""
-    train(cache, tmp_path / "whole", **changes)
     steps_an_epoch = -(-len(cache.rows_of("train")) // FAST["batch_size"])
-    step, calls = loop.take_step, iter(range(99))
-
-    def stop_in_second_epoch(*arguments):
-        if next(calls) == steps_an_epoch + 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(*arguments)
-
-    monkeypatch.setattr(loop, "take_step", stop_in_second_epoch)
-    with pytest.raises(KeyboardInterrupt):
-        train(cache, tmp_path / "run", **changes)
-    monkeypatch.undo()
-    assert len(metrics(tmp_path / "run")) == 1
-    train(cache, tmp_path / "run", resume=True, **changes)
-    assert state_digest(tmp_path / "run") == state_digest(tmp_path / "whole")
-    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+    assert_resumes_bit_for_bit(cache, tmp_path, steps_an_epoch + 1, **changes)
 
 
 def test_resume_ignores_rows_added_later(standins, tmp_path, monkeypatch):

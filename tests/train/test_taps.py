@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import signal
 
 import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training import config, metrics, state_digest, tapped_cache, train
+from training import assert_resumes_bit_for_bit, config, metrics, state_digest, tapped_cache, train
 
 from kdcache.bench import bench
 from kdcache.cache.reader import Cache
@@ -136,28 +134,13 @@ LEARNED = {"layer_weights": "learned", "tap_weights": [1, 3], "epochs": 2, "batc
            "feature_attention": "feature_energy", "student_tap": "decoder"}  # fmt: skip
 
 
-def test_learned_weights_move_stay_shares_and_resume_bit_for_bit(tapped, tmp_path, monkeypatch):
-    train(tapped, tmp_path / "whole", **LEARNED)
+def test_learned_weights_move_stay_shares_and_resume_bit_for_bit(tapped, tmp_path):
+    assert_resumes_bit_for_bit(tapped, tmp_path, 5, **LEARNED)
     for line in metrics(tmp_path / "whole"):
         weights = [line[f"train_layer_weight_neck_{p}"] for p in ("p8", "p16")]
         assert sum(weights) == pytest.approx(1, abs=1e-6)
         assert weights[0] != 0.25
         assert 0 < weights[0] < 1
-    step, calls = loop.take_step, iter(range(99))
-
-    def stop_in_second_epoch(*arguments):
-        if next(calls) == 5:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(*arguments)
-
-    monkeypatch.setattr(loop, "take_step", stop_in_second_epoch)
-    with pytest.raises(KeyboardInterrupt):
-        train(tapped, tmp_path / "run", **LEARNED)
-    monkeypatch.undo()
-    assert len(metrics(tmp_path / "run")) == 1
-    train(tapped, tmp_path / "run", resume=True, **LEARNED)
-    assert state_digest(tmp_path / "run") == state_digest(tmp_path / "whole")
-    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
 
 
 def test_runs_of_other_taps_train_together_as_apart(tapped, tmp_path):

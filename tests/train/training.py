@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import signal
 
 import numpy as np
+import pytest
 from conftest import MANIFEST, make_row
 
 from kdcache.cache.format import RowKey, describe_row
@@ -92,3 +95,22 @@ def with_views(cache, path, views):
                 new = {IMAGE: image, ROWS: describe_row(key, details)}
                 writer.append(writer.encoded(key, arrays | new))
     return Cache(path)
+
+
+def assert_resumes_bit_for_bit(cache, folder, step, **changes):
+    """A run stopped while it takes that step (from 0), then resumed, is one that was not stopped."""
+    train(cache, folder / "whole", **changes)
+    take_step, steps = loop.take_step, iter(range(999))
+
+    def stopping(*arguments):
+        if next(steps) == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return take_step(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "take_step", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            train(cache, folder / "run", **changes)
+    train(cache, folder / "run", resume=True, **changes)
+    assert state_digest(folder / "run") == state_digest(folder / "whole")
+    assert metrics(folder / "run") == metrics(folder / "whole")
