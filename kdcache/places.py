@@ -347,13 +347,18 @@ def _filesystem(url: str) -> tuple[Any, str]:
 
 @functools.lru_cache
 def _filesystem_of(scheme: str, pid: int) -> Any:
-    """One of each process: fsspec's own cache has one of each thread, with connections of its own."""
+    """One of each process, of the environment at its first use.
+
+    fsspec's own cache has one of each thread in older versions, with connections of its own, and
+    in all one that still talks to the store that the environment named before.
+    """
     import fsspec
 
     try:
         fs = fsspec.filesystem(
             scheme,
             use_listings_cache=False,  # others write there too
+            skip_instance_cache=True,
             **_OPTIONS.get(scheme, {}),
         )
     except (ValueError, ImportError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import MANIFEST, Standins, make_row, rows_equal
+from stores import Store
 
 import kdcache
 from kdcache import places
@@ -300,6 +302,20 @@ def test_a_wrong_address_is_told_at_once(bucket, monkeypatch):
     with pytest.raises(StorageError, match="Invalid endpoint.*AWS_ENDPOINT_URL"):
         (bucket / "c").exists()
     assert len(attempts) == 1
+
+
+def test_what_is_opened_anew_is_at_the_address_of_now(bucket, monkeypatch):
+    (bucket / "a").write_bytes(b"before")
+    try:
+        for _ in range(2):
+            with contextlib.closing(Store()) as other:
+                for name, value in other.environment.items():
+                    monkeypatch.setenv(name, value)
+                places._filesystem_of.cache_clear()
+                (place_of(f"s3://{other.new_bucket()}") / "a").write_bytes(b"after")
+                assert other.requests > 1
+    finally:
+        places._filesystem_of.cache_clear()
 
 
 def test_refused_credentials_are_told_at_once(store, bucket, monkeypatch):
