@@ -95,6 +95,12 @@ ARMS |= {
         without={},
         beside={"layer_weights": "learned", "layer_lr_factor": 10.0},
     ),
+    "standardised targets against plain ones": Arm(
+        "few_taps",
+        WITH_FEATURES | _ONE_TAP,
+        without={"standardise_features": False},
+        beside={},
+    ),
 } | {
     f"attention {kind} against none": Arm(
         "few_taps", WITH_FEATURES | _ONE_TAP, without={}, beside={"feature_attention": kind}
@@ -145,16 +151,16 @@ def make_caches(realdata: Path, work: Path, wanted: Collection[str]) -> None:
 
 def settings(realdata: Path, epochs: int, seed: int, changes: dict[str, Any]) -> TrainConfig:
     """Of one run."""
-    return TrainConfig(
-        student_encoder=ENCODER,
-        encoder_weights=str(realdata / "tf_efficientnet_lite0_imagenet.safetensors"),
-        epochs=epochs,
-        learning_rate=1e-3,
-        min_lr=1e-5,
-        standardise_features=True,
-        seed=seed,
-        **changes,
-    )
+    common: dict[str, Any] = {
+        "student_encoder": ENCODER,
+        "encoder_weights": str(realdata / "tf_efficientnet_lite0_imagenet.safetensors"),
+        "epochs": epochs,
+        "learning_rate": 1e-3,
+        "min_lr": 1e-5,
+        "standardise_features": True,
+        "seed": seed,
+    }
+    return TrainConfig(**common | changes)
 
 
 def run_name(cache: str, changes: dict[str, Any], epochs: int, seed: int) -> str:

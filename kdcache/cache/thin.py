@@ -126,10 +126,12 @@ def changes(cache: Cache, thinning: Thinning, after: Manifest) -> list[str]:
     words = []
     if thinning.split is not None:
         words.append(f"rows of split {thinning.split} only")
-    if thinning.views is not None and thinning.views <= max(
-        (key.view for key in cache.keys), default=0
-    ):
-        words.append("the first view only" if thinning.views == 1 else f"{thinning.views} views")
+    if (asked := thinning.views) is not None:
+        views = 1 + max((key.view for key in cache.keys), default=0)
+        if asked < views:
+            words.append("the first view only" if asked == 1 else f"{asked} of {views} views")
+        elif asked > views:
+            words.append(f"{views} of the {asked} views asked for: it has no more")
     for tap in before.taps:
         if tap.name not in kept:
             words.append(f"without the features of {tap.name}")
