@@ -253,6 +253,13 @@ class TrainConfig(_Settings):
             raise ValueError("expected names of taps, each once")
         return taps
 
+    @field_validator("tap_weights", mode="before")
+    @classmethod
+    def _weights_are_a_list(cls, value: Any) -> Any:
+        if isinstance(value, str) and "," in value:
+            raise ValueError("expected a list, in brackets: [1,2]")
+        return value
+
     @field_validator("tap_weights")
     @classmethod
     def _every_tap_counts(cls, weights: tuple[float, ...]) -> tuple[float, ...]:

@@ -133,6 +133,7 @@ def test_taps_are_lists_or_a_single_name(tmp_path):
         (["tap_weights=[1,0]"], "tap_weights = .*above 0, .* left out of feature_taps"),
         (["tap_weights=[1e-300,1e300,1]"], "tap_weights = .*none of them below 1e-06 of their sum"),
         (["feature_taps=[a,b]"], "not a TOML value .*stand in quotes, which the shell must leave"),
+        (["tap_weights=1,2"], r"tap_weights = '1,2': expected a list, in brackets: \[1,2\]"),
         (["tap_weights=[1,true]"], "true and false are for switches"),
         (["tap_weights=[1,nan]"], "tap_weights.*finite"),
         (
