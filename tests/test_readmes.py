@@ -17,8 +17,8 @@ README, README_JA = TEXTS = [(ROOT / name).read_text() for name in ("README.md",
 STARTS = ("kdcache ", "make ", ".venv/", "torchrun ", "tensorboard ", "source ")
 BLOCK = re.compile(r"^```\w*\n([\s\S]*?)^```$|((?:^ {4}.*\n|^\n(?= {4}))+)", re.M)
 # Japanese writes as figures what English writes as words
-WORDS = {"once": "1", "one": "1", "two": "2", "four": "4", "five": "5", "eight": "8", "ten": "10"}
-WORDS |= {"sixteen": "16", "thirty": "30"}
+WORDS = {"once": "1", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5"}
+WORDS |= {"eight": "8", "ten": "10", "sixteen": "16", "thirty": "30"}
 
 
 def code(text):
