@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
@@ -133,13 +134,11 @@ def read_batches(
     to_device = _ToDevice(place) if place.type == "cuda" else None
     source = read_stored(cache, groups, wanted, workers, pinned=to_device is not None, tally=tally)
     ready: list[Batch] = []  # emptied before the next is decoded: two need not be in memory
-    with (
-        ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool,
-        contextlib.closing(source),
-    ):
+    with contextlib.closing(source):
         for rows, stored in source:
             if to_device is None:
                 host = {path: tensor.numpy() for path, tensor in stored.items()}
+                pool = _decoders(workers, os.getpid())
                 parts = _decoded_on_host(cache, host, specs, len(rows), pool)
             else:
                 parts = _decoded(cache, to_device.copied(stored), specs)
@@ -148,6 +147,17 @@ def read_batches(
             yield ready.pop()
             if to_device is not None:
                 to_device.wait()  # the host's memory is about to be used again
+
+
+@functools.cache
+def _decoders(workers: int, pid: int) -> ThreadPoolExecutor:
+    """A process's threads that decode; they never end while it lives.
+
+    A thread that has used OpenCV drops what OpenCV keeps for it while it ends, under a lock, and
+    that is after it can be joined. A process forked at that moment, as torch's DataLoader forks,
+    finds the lock taken for ever: of 4,000 forked right after a pool was shut down 4 hung.
+    """
+    return ThreadPoolExecutor(workers, thread_name_prefix="decode")
 
 
 def _batch(

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import weakref
 from pathlib import Path
 
@@ -117,6 +118,16 @@ def test_decoded_where_it_will_be_used_it_is_the_same(tmp_path, precision, compr
         assert np.array_equal(parts["mask"][n].numpy(), row.mask)
         assert np.array_equal(parts["teacher_logits"][n].numpy(), row.teacher_logits)
         assert np.array_equal(parts[TAP.name][n].numpy(), row.features[TAP.name])
+
+
+def test_no_thread_that_decoded_is_about_to_end(cache):
+    """OpenCV would hold a lock in it: a child forked at that moment would wait for it for ever."""
+    rounds = []
+    for _ in range(2):
+        assert ids(cache, workers=3)
+        rounds.append({t.ident for t in threading.enumerate() if t.name.startswith("decode")})
+    assert rounds[0] <= rounds[1]
+    assert rounds[0]
 
 
 _CHILDREN = """
