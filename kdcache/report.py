@@ -41,6 +41,8 @@ def extract_text(report: ExtractReport) -> str:
     ]
     if report.rows_found:
         lines.append(f"{report.rows_found} rows were committed before and not computed again")
+    if others := report.rows_total - report.rows_added - report.rows_found:
+        lines.append(f"{others} more stay in it: other photos or views than were asked for")
     if report.rows_added:
         lines += ["", table(_stage_rows(report.stages))]
         lines.append(f"what set the pace: {report.stages.bottleneck}")

@@ -25,6 +25,7 @@ from kdcache.precompute.distributed import extract_on
 from kdcache.precompute.extract import extract
 from kdcache.precompute.plan import plan
 from kdcache.precompute.views import apply
+from kdcache.report import extract_text
 
 VIEWS = {"views": 3, "augment": "heavy"}
 
@@ -103,6 +104,9 @@ def test_a_lower_number_leaves_the_further_views_and_calls_nothing_gone(standins
     assert (report.rows_added, list(report.gone)) == (0, [])
     report = standins.extract(tmp_path / "c")
     assert (report.rows_added, list(report.gone), report.rows_found) == (0, [], 10)
+    more = report.rows_total - 10
+    assert more > 0
+    assert f"{more} more stay in it: other photos or views" in extract_text(report)
 
 
 def test_killed_in_the_middle_of_the_views_it_ends_equal(standins, several, tmp_path, monkeypatch):
